@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up what they need; either may be run first.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Where there is no NVIDIA GPU the CPU build of torch is enough. PyTorch publishes it under a package index of
+# its own; give that URL as TORCH_INDEX to save the download of the CUDA libraries.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
+CONSTRAINED := --constraint requirements/constraints.txt
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train a small model on preference trees: SFT, NCA, reward model (about 5 minutes)"
+	@echo "make test   lint, types and all tests"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make clean  remove the virtual environment and everything built"
+
+demo: $(VENV)/ready
+	@$(PY) -m silva.recipes.mini.demo
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	@# the folders are mapped to silva.* by setup.py; a type checker has to be shown them under that name
+	@mkdir -p build/typing/silva
+	@for folder in engine kernels recipes; do ln -sfn ../../../$$folder build/typing/silva/$$folder; done
+	cd build/typing && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p silva
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch comes first and pinned: as a mere dependency of something else, pip would take another build. setuptools
+# is pinned too, hence no build isolation, which would fetch another one.
+$(VENV)/ready: pyproject.toml setup.py requirements/constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Silva needs Python 3.11 or newer; set PYTHON to one (make PYTHON=python3.12 ...)"; exit 2; }
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	@mkdir -p build
+	@$(PYTHON) -m venv $(VENV) > build/venv.log 2>&1 || \
+		{ echo "$(PYTHON) makes no virtual environment (Debian: install python3-venv); see build/venv.log"; exit 2; }
+	@$(if $(TORCH_INDEX)$(shell command -v nvidia-smi),:,echo "No NVIDIA GPU: with TORCH_INDEX set to PyTorch's index of CPU wheels, less is downloaded")
+	@$(PIP) install $(CONSTRAINED) setuptools "$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) install $(CONSTRAINED) --no-build-isolation --editable ".[test]"
+	@touch $@
