@@ -1,0 +1,154 @@
+"""The plain torch definition of every operation: any float type, any device.
+
+The truth the kernels are judged by.
+
+S tokens of a row, S_q query rows, H_q query heads, H_kv key-value heads, D head size, L scored positions,
+V vocabulary, H hidden size, N sequences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 256  # rows per block: the mask of a block is at most 256 x S, however long the row is
+
+
+class QueryBlock(NamedTuple):
+    """A run of query rows and what they see."""
+
+    rows: slice
+    keys: slice | Tensor  # the keys that at least one of the rows sees
+    visible: Tensor  # (rows, keys) bool
+
+
+def query_blocks(
+    subtree_end: Tensor,
+    *,
+    position: Tensor | None = None,
+    window: int | None = None,
+    query_index: Tensor | None = None,
+) -> list[QueryBlock]:
+    """What `tree_attention` needs to know of the mask; the same for every layer, so built once per row.
+
+    Arguments as there. Keys that no query of a block sees are left out, so that the cost follows the trees
+    and not the row.
+
+    Raises:
+        ValueError: a window without positions.
+    """
+    if window is not None and position is None:
+        raise ValueError("tree_attention: a sliding window needs `position`")
+    rows = torch.arange(subtree_end.shape[0], device=subtree_end.device)
+    queries = rows if query_index is None else query_index
+    blocks = []
+    for start in range(0, queries.shape[0], QUERY_BLOCK):
+        i = queries[start : start + QUERY_BLOCK]
+        j = rows[(rows <= i.max()) & (subtree_end > i.min())]
+        visible = (j[None] <= i[:, None]) & (i[:, None] < subtree_end[j][None])
+        if window is not None and position is not None:
+            visible &= position[i][:, None] - position[j][None] < window
+        first, last = int(j[0]), int(j[-1])
+        keys = slice(first, last + 1) if last - first + 1 == len(j) else j  # a slice is not copied
+        blocks.append(QueryBlock(slice(start, start + len(i)), keys, visible))
+    return blocks
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    scale: float | None = None,
+    position: Tensor | None = None,
+    window: int | None = None,
+    query_index: Tensor | None = None,
+    blocks: list[QueryBlock] | None = None,
+) -> Tensor:
+    """Attention of every token to its ancestors: token i sees j iff `j <= i < subtree_end[j]`.
+
+    Args:
+        q: (S_q, H_q, D); k, v: (S, H_kv, D) with H_q a multiple of H_kv.
+        subtree_end: (S,) int, one past the last token of the subtree under each token.
+        scale: softmax scale, default `D ** -0.5`.
+        position: (S,) int, depth of each token in its tree; needed with `window`.
+        window: token i sees j only if also `position[i] - position[j] < window` (Mistral's sliding window).
+        query_index: (S_q,) int, the row of each query among the S keys; default `arange(S)`.
+        blocks: of `query_blocks` with the same arguments, if they are at hand.
+
+    Returns:
+        (S_q, H_q, D) in the dtype of `q`.
+
+    Raises:
+        ValueError: a window without positions.
+    """
+    if blocks is None:
+        blocks = query_blocks(subtree_end, position=position, window=window, query_index=query_index)
+    parts = []
+    for rows, keys, visible in blocks:
+        out = F.scaled_dot_product_attention(
+            q[rows].transpose(0, 1)[None],
+            k[keys].transpose(0, 1)[None],
+            v[keys].transpose(0, 1)[None],
+            attn_mask=visible[None, None],
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts) if parts else torch.zeros_like(q)
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T)[target]: hidden (L, H), weight (V, H), target (L,) -> (L,).
+
+    The softmax is taken in float32 at least.
+    """
+    logits = hidden @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits, -1).gather(-1, target[:, None]).squeeze(-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in float32 at least.
+
+    The normalised value is rounded to x's dtype before the weight is applied, as Llama's definition does.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary(x: Tensor, position: Tensor, inverse_frequency: Tensor) -> Tensor:
+    """Rotary position embedding of Llama's non-interleaved form (arXiv 2104.09864).
+
+    x (S, H, D), position (S,) the depth of each token in its tree, inverse_frequency (D / 2,) -> (S, H, D).
+    Angles are computed in float32 at least and the rotation in x's dtype, as transformers does.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    angle = position.to(wide)[:, None] * inverse_frequency.to(wide)[None]
+    cos, sin = (f(torch.cat([angle, angle], -1)).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def sequence_sums(values: Tensor, span: Tensor, span_pointer: Tensor, span_index: Tensor) -> Tensor:
+    """Sum per-position values to sequences through the spans they share.
+
+    A position is added to its span once; a span is added to every sequence that runs through it.
+
+    Args:
+        values: (L,) float, one per scored position.
+        span: (L,) int, the span of each position.
+        span_pointer: (N + 1,) int, CSR row pointer over sequences; span_index: the spans of each sequence.
+
+    Returns:
+        (N,) in the dtype of `values`.
+    """
+    # L bounds the number of spans, so no size has to be read back from the device
+    per_span = torch.zeros_like(values).index_add(0, span.long(), values)
+    entries = torch.arange(span_index.shape[0], device=values.device)
+    owner = torch.searchsorted(span_pointer[1:].long(), entries, right=True)
+    return values.new_zeros(span_pointer.shape[0] - 1).index_add(0, owner, per_span[span_index.long()])
