@@ -1,0 +1,278 @@
+"""Conversations to tokens: template, then message by message, so that shared text is shared tokens.
+
+Order of a sequence: BOS (at most one), then per message its header (assistant only) and its body, then
+EOS if asked for. Header and body are tokenized each on their own; no merge crosses their borders, so two
+conversations that start with the same messages start with the same tokens. The text of a generation
+prompt is exactly such a border: what the model is trained to continue is what it is asked to continue.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silva.engine.data.chat_template import ChatTemplate, resolve
+from silva.engine.data.messages import Message
+from silva.engine.data.tokenizer_files import LoadedTokenizer, load
+from silva.engine.errors import UserError
+
+_PROBE = (Message("user", "a"), Message("assistant", "b"))
+
+
+@dataclass(slots=True)
+class TokenSequence:
+    """One conversation. scored[0] is always False: nothing predicts the first token."""
+
+    tokens: NDArray[np.int32]  # (n,)
+    scored: NDArray[np.bool_]  # (n,)
+
+
+class _Section(NamedTuple):
+    """A run of ids that came from one special token (`special`) or from the text between two."""
+
+    ids: list[int]
+    special: bool
+    blank: bool  # text of white space only
+
+
+class ChatTokenizer:
+    """A tokenizer with a chat template.
+
+    **BOS.** At most one in front. It is there if `add_bos` says so; with None, if the template writes
+    `bos_token` or the tokenizer itself adds one (its `add_bos_token`, its post-processor; a bare
+    `tokenizer.model` does). `add_bos: false` removes the BOS that comes from the template's `bos_token`,
+    not one the template spells out as text.
+
+    **Scored.** Of a scored assistant message: its body, that is content and end of turn; not its header,
+    and not the white space a template writes behind the end-of-turn token. Where a template writes the
+    EOS only when a next turn follows (as "eurus" does), that EOS still counts as the end of the scored
+    message before it.
+
+    **EOS.** With `append_eos`, the tokenizer's EOS is appended, scored, if the template's text of the
+    final assistant message holds no EOS. Without it nothing is removed: a template that ends turns with
+    EOS keeps doing so.
+
+    **Control tokens** are the tokenizer's special tokens and the added tokens that stand in the
+    template's text. They come from the template only: spelled out in a message they are tokenized as
+    plain characters, whatever the tokenizer. Other added tokens (say, "<tool_call>" where the template
+    does not use it) are recognised in messages, as transformers does.
+
+    Attributes:
+        vocab_size: ids that exist, added tokens included.
+        pad_id: the padding token's id, else the EOS, else 0 (padding is never attended to nor scored).
+        eos_id: None where the tokenizer has none.
+        fingerprint: sha256 of tokenizer files, template and flags: equal fingerprints tokenize equally.
+    """
+
+    def __init__(
+        self, loaded: LoadedTokenizer, template: ChatTemplate, *, add_bos: bool | None, append_eos: bool
+    ):
+        tokenizer = loaded.transformers
+        self._loaded = loaded
+        self._template = template
+        self.append_eos = append_eos
+        self.vocab_size: int = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.pad_id: int = next(i for i in (tokenizer.pad_token_id, self.eos_id, 0) if i is not None)
+        if append_eos and self.eos_id is None:
+            raise UserError(
+                "tokenizer.append_eos is true, but the tokenizer has no EOS token; set it to false"
+            )
+
+        self._bos_text: str = tokenizer.bos_token or ""
+        probe = template.render(_PROBE)
+        starts = bool(self._bos_text) and probe.startswith(self._bos_text)
+        self._template_writes_bos = starts and template.render(_PROBE, bos_token="") != probe
+        self._template_spells_bos = starts and not self._template_writes_bos
+        self.add_bos: bool = (loaded.says_bos or self._template_writes_bos) if add_bos is None else add_bos
+        if self.add_bos and tokenizer.bos_token_id is None:
+            raise UserError("tokenizer.add_bos is true, but the tokenizer has no BOS token; set it to false")
+        self._bos_id: int | None = tokenizer.bos_token_id
+
+        self._added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        self._splitter = _splitter(tokenizer)
+        self.fingerprint = self._digest()
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        chat_template: str | None = None,
+        add_bos: bool | None = None,
+        append_eos: bool = True,
+    ) -> "ChatTokenizer":
+        """Loads the tokenizer at `path` (folder, `tokenizer.model` file or hub name) with its or another
+        template.
+
+        chat_template: None for the tokenizer's own, "eurus", a path to a .jinja file, or an inline
+        template. Raises UserError for a missing or damaged tokenizer, no template anywhere, or one that
+        cannot be rendered.
+        """
+        loaded = load(path)
+        source, name = resolve(chat_template, loaded.transformers.chat_template, path)
+        control = [
+            token.content
+            for token in loaded.transformers.added_tokens_decoder.values()
+            if token.special or (token.content in source and not token.content.isspace())
+        ]
+        template = ChatTemplate(loaded.transformers, source, name, control)
+        return cls(loaded, template, add_bos=add_bos, append_eos=append_eos)
+
+    def encode(self, messages: Sequence[Message], *, score: Literal["last", "all"]) -> TokenSequence:
+        """Tokenizes one conversation, which must end with an assistant message.
+
+        score: which assistant messages are scored, the final one or every one.
+        Raises UserError where the template cannot render the conversation or writes nothing for the answer.
+        """
+        if not messages or messages[-1].role != "assistant":
+            raise UserError("a conversation must end with an assistant message to be trained on")
+        pieces, mark = self._template.pieces(messages)
+        if self._template_writes_bos:
+            pieces[0] = pieces[0]._replace(body=pieces[0].body.removeprefix(self._bos_text))
+        line = _Line(self, mark)
+        if self.add_bos and not (self._template_spells_bos and pieces[0].body.startswith(self._bos_text)):
+            line.append(self._bos_id, scored=False)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            scored = piece.role == "assistant" and (last or score == "all")
+            line.add(piece.header, scored=False)
+            sections = line.add(piece.body, scored=scored)
+        if not any(section.ids and not section.special for section in sections):
+            raise UserError(f"{self._template.name} writes no text for the final assistant message")
+        if self.append_eos and not any(section.ids == [self.eos_id] for section in sections):
+            line.append(self.eos_id, scored=True)
+        return line.sequence()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer with its chat template, for transformers' AutoTokenizer and for `load`.
+
+        A tokenizer that came as files is copied file by file; one built from `tokenizer.model` gets an
+        equal `tokenizer.json`. The written template writes the BOS exactly if this tokenizer puts one
+        there.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._loaded.rebuilt:
+            self._loaded.transformers.save_pretrained(folder)
+        for file in self._loaded.files:
+            # The built tokenizer's own files are newer than what it was read from, except the model itself.
+            if not self._loaded.rebuilt:
+                shutil.copyfile(file, folder / file.name)
+            elif file.name == "tokenizer.model" or len(self._loaded.files) == 1:
+                shutil.copyfile(file, folder / "tokenizer.model")
+        template = self._served_template()
+        settings_file = folder / "tokenizer_config.json"
+        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+        settings |= {"chat_template": template, "add_bos_token": self.add_bos}
+        if self._loaded.rebuilt:
+            # The plain class serves the built pipeline as it is; LlamaTokenizer would replace its
+            # normalizer.
+            settings |= {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "legacy": self._loaded.prefix_after_special,
+            }
+        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / "chat_template.json").unlink(missing_ok=True)
+
+    def _served_template(self) -> str:
+        source = self._template.source
+        if self.add_bos and not self._template_writes_bos and not self._template_spells_bos:
+            return "{{ bos_token }}" + source
+        if not self.add_bos and self._template_writes_bos:
+            return "{% set bos_token = '' %}" + source
+        return source
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for file in self._loaded.files:
+            content = file.read_bytes()
+            digest.update(f"{file.name} {len(content)}\n".encode())
+            digest.update(content)
+        flags = {"template": self._template.source, "add_bos": self.add_bos, "append_eos": self.append_eos}
+        digest.update(json.dumps(flags, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _sections(
+        self, text: str, mark: str, *, after: Literal["nothing", "special", "text"]
+    ) -> list[_Section]:
+        """Splits at the special tokens written by the template; `after` is what stands in front of `text`."""
+        sections = []
+        for part in self._splitter.split(text) if self._splitter else [text]:
+            if not part:
+                continue
+            number = self._added.get(part, self._added.get(part.strip()))
+            if number is not None:
+                sections.append(_Section([number], True, False))
+                after = "special"
+                continue
+            plain = part.replace(mark, "") if mark else part
+            prefix = after == "nothing" or (after == "special" and self._loaded.prefix_after_special)
+            ids = self._loaded.text.encode(plain, prefix=prefix)
+            sections.append(_Section(ids, False, plain.isspace()))
+            after = "text"
+        return sections
+
+
+class _Line:
+    """The sequence while it grows."""
+
+    def __init__(self, owner: ChatTokenizer, mark: str) -> None:
+        self._owner = owner
+        self._mark = mark
+        self._ids: list[int] = []
+        self._scored: list[bool] = []
+        self._after: Literal["nothing", "special", "text"] = "nothing"
+        self._awaits_end = False  # a scored message has not yet had an EOS
+
+    def add(self, text: str, *, scored: bool) -> list[_Section]:
+        """Appends the ids of `text` and returns its sections."""
+        owner = self._owner
+        sections = owner._sections(text, self._mark, after=self._after)
+        if scored:
+            self._awaits_end = True
+        for index, section in enumerate(sections):
+            follows_special = index > 0 and sections[index - 1].special
+            trailing_blank = section.blank and follows_special and index == len(sections) - 1
+            is_eos = section.special and section.ids == [owner.eos_id]
+            ends_turn = self._awaits_end and is_eos and index == 0
+            self._ids += section.ids
+            self._scored += [(scored and not trailing_blank) or ends_turn] * len(section.ids)
+            self._after = "special" if section.special else "text"
+            if not scored or is_eos:
+                self._awaits_end = False
+        return sections
+
+    def append(self, number: int | None, *, scored: bool) -> None:
+        """Appends one special token."""
+        assert number is not None
+        self._ids.append(number)
+        self._scored.append(scored)
+        self._after = "special"
+
+    def sequence(self) -> TokenSequence:
+        scored = np.array(self._scored, bool)
+        scored[0] = False
+        return TokenSequence(np.array(self._ids, np.int32), scored)
+
+
+def _splitter(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds added tokens, the longest first, with the white space their lstrip and rstrip flags swallow."""
+    tokens = sorted(
+        tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True
+    )
+    if not tokens:
+        return None
+    spelled = (
+        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+        for token in tokens
+    )
+    return re.compile("(" + "|".join(spelled) + ")")

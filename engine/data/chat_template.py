@@ -1,0 +1,150 @@
+"""Chat templates: found, rendered message by message, and split into what each message adds to the text."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from silva.engine.data.messages import Message
+from silva.engine.errors import UserError
+
+# Eurus' template. `[INST] {prompt} [/INST]` for user turns, then a space and the answer; the EOS stands
+# *between* turns only, so that `append_eos` alone decides about the last one. A system message goes
+# before the first user's.
+EURUS = (
+    "{%- set found = namespace(system='', role='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' and loop.first -%}"
+    "{%- set found.system = message['content'] + '\\n\\n' -%}"
+    "{%- elif message['role'] == 'user' and found.role != 'user' -%}"
+    "{%- if found.role == 'assistant' -%}{{ eos_token }}{%- endif -%}"
+    "{{ '[INST] ' + found.system + message['content'] + ' [/INST]' }}"
+    "{%- set found.system = '' -%}{%- set found.role = 'user' -%}"
+    "{%- elif message['role'] == 'assistant' and found.role == 'user' -%}"
+    "{{ ' ' + message['content'] }}{%- set found.role = 'assistant' -%}"
+    "{%- else -%}"
+    "{{ raise_exception('after an optional system message, user and assistant take turns') }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+BUILT_IN = {"eurus": EURUS}
+
+
+class Piece(NamedTuple):
+    """What one message adds to the text: `header` opens an answer (never scored), `body` follows."""
+
+    role: str
+    header: str
+    body: str
+
+
+def resolve(chosen: str | None, own: str | dict[str, str] | None, tokenizer: str) -> tuple[str, str]:
+    """Finds the template: (its text, its name for messages).
+
+    chosen: the recipe's `tokenizer.chat_template`: a built-in name, a path to a .jinja file, or an inline
+    template.
+    own: what the tokenizer brings, used where the recipe names none; of several, the one called "default".
+    Raises UserError where there is none, or `chosen` is nothing of these.
+    """
+    if chosen is None:
+        if isinstance(own, dict):
+            own = own.get("default")
+        if not own:
+            raise UserError(
+                f'tokenizer {tokenizer} has no chat template: set tokenizer.chat_template, e.g. to "eurus" '
+                "(built in) or to the path of a .jinja file"
+            )
+        return own, f"the chat template of {tokenizer}"
+    if chosen in BUILT_IN:
+        return BUILT_IN[chosen], f"the built-in chat template {chosen}"
+    if "{{" in chosen or "{%" in chosen:
+        return chosen, "the recipe's inline chat template"
+    file = Path(chosen).expanduser()
+    if not chosen.endswith(".jinja"):
+        raise UserError(
+            f"tokenizer.chat_template: {chosen!r} is neither built in ({', '.join(BUILT_IN)}), nor the "
+            'path of a .jinja file, nor an inline template containing "{{" or "{%"'
+        )
+    if not file.is_file():
+        raise UserError(f"tokenizer.chat_template: there is no file {chosen}")
+    return file.read_text(encoding="utf-8"), f"the chat template {chosen}"
+
+
+class ChatTemplate:
+    """Renders conversations through transformers' sandboxed Jinja.
+
+    Control tokens spelled out in a message's content are marked before rendering: `marked` text holds
+    `mark` inside them, so that whoever splits the text finds only the control tokens the template itself
+    wrote.
+    """
+
+    def __init__(self, tokenizer: Any, source: str, name: str, control: Sequence[str]) -> None:
+        self.source = source
+        self.name = name
+        self._tokenizer = tokenizer
+        # A one-character token has no inside to put the mark in; it would have to be ordinary text to
+        # begin with.
+        long = sorted((token for token in control if len(token) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, long))) if long else None
+
+    def render(self, messages: Sequence[Message], *, header: bool = False, **variables: str) -> str:
+        """The text of `messages`, with `header` also what opens the answer; UserError if it fails."""
+        try:
+            return self._tokenizer.apply_chat_template(
+                [message._asdict() for message in messages],
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=header,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(
+                f"{self.name} cannot render messages with roles {_roles(messages)}: {error}; choose another "
+                "tokenizer.chat_template or repair the data"
+            ) from None
+
+    def pieces(self, messages: Sequence[Message]) -> tuple[list[Piece], str]:
+        """What each message adds to the text, and the mark (empty where no content spells a control token).
+
+        A leading system message counts as part of the first user message, because templates may fold it
+        in there. Every rendering must start with the rendering of one message less; otherwise two
+        conversations that share messages would not share text, and UserError says so.
+        """
+        marked, mark = self._mark(messages)
+        start = 2 if marked[0].role == "system" else 1
+        pieces = [Piece("user", "", self.render(marked[:start]))]
+        before = pieces[0].body
+        for count in range(start + 1, len(marked) + 1):
+            role = marked[count - 1].role
+            opened = self.render(marked[: count - 1], header=True) if role == "assistant" else before
+            after = self.render(marked[:count])
+            if not opened.startswith(before) or not after.startswith(opened):
+                raise UserError(
+                    f"{self.name} changes earlier text when message {count} is added (roles "
+                    f"{_roles(marked[:count])}): the rendering of the first messages must be the start "
+                    "of the whole; choose another tokenizer.chat_template"
+                )
+            pieces.append(Piece(role, opened[len(before) :], after[len(opened) :]))
+            before = after
+        return pieces, mark
+
+    def _mark(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        contents = "".join(message.content for message in messages)
+        if self._control is None or not self._control.search(contents):
+            return list(messages), ""
+        private = (chr(code) for code in range(0xF0000, 0xFFFFE))
+        mark = next(character for character in private if character not in contents + self.source)
+        return [Message(role, self._broken(content, mark)) for role, content in messages], mark
+
+    def _broken(self, content: str, mark: str) -> str:
+        """`content` with `mark` inside every control token; again where one overlapped another."""
+        assert self._control is not None
+        while self._control.search(content):
+            content = self._control.sub(lambda found: found[0][0] + mark + found[0][1:], content)
+        return content
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(message.role for message in messages)

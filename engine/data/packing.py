@@ -1,0 +1,132 @@
+"""From trees to rows: `TreeBatch`, the one data structure of the engine, and first-fit-decreasing packing.
+
+S row length, L scored positions, N sequences, P comparisons of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from silva.engine.data.tree import Tree
+
+ABSENT = -1  # a comparison's missing side: unpaired feedback
+
+
+@dataclass(slots=True)
+class TreeBatch:
+    """One packed row. Token i sees token j iff `j <= i < subtree_end[j]`; padding sees only itself."""
+
+    tokens: Tensor  # (S,) int64
+    position: Tensor  # (S,) int32, depth of the token in its own tree: the RoPE position
+    subtree_end: Tensor  # (S,) int32, one past the last token of the subtree that hangs under this token
+    source: Tensor  # (L,) int32, index of the token whose hidden state predicts a scored token
+    target: Tensor  # (L,) int64, the scored token
+    span: Tensor  # (L,) int32, rising: the span this position adds to
+    span_pointer: Tensor  # (N + 1,) int32, with span_index: the spans whose log-probs sum to each sequence's
+    span_index: Tensor  # (span_pointer[-1],) int32
+    last: Tensor  # (N,) int32, index of each sequence's last token: where a reward is read
+    scored: Tensor  # (N,) int32, scored tokens of each sequence
+    comparisons: Tensor  # (P, 2) int32, (chosen, rejected) sequences; -1: that side is absent
+    absolute: Tensor  # (P,) bool, whether the comparison also gets the absolute-reward term L_DR
+    reference_logprob: Tensor  # (N,) float32 under the reference policy; empty for SFT and reward models
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> TreeBatch:
+        return TreeBatch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+
+@dataclass(slots=True)
+class Piece:
+    """A tree, or the part of one that a global batch holds, with what is compared in it."""
+
+    tree: Tree
+    sequence_ids: NDArray[np.int64]  # (N,) the sequences' numbers in the data set
+    comparisons: NDArray[np.int32]  # (P, 2) indices into the tree's sequences, -1: absent
+    absolute: NDArray[np.bool_]  # (P,)
+
+
+def pack_row(
+    pieces: Sequence[Piece],
+    *,
+    multiple: int,
+    pad_id: int,
+    reference_logprob: NDArray[np.float32] | None = None,
+) -> TreeBatch:
+    """Lay pieces one behind the other and pad the row to a multiple of `multiple` tokens.
+
+    Args:
+        pieces: may be empty: the row is then padding alone, with no scored position and no sequence.
+        multiple: the row length becomes the next multiple of it, at least one.
+        pad_id: the token of the padding.
+        reference_logprob: (sequences of the data set,) looked up by `sequence_ids`.
+    """
+    trees = [piece.tree for piece in pieces]
+    length = sum(map(len, trees))
+    size = max(1, -(-length // multiple)) * multiple
+    padding = np.arange(length, size)
+
+    def joined(parts: list[NDArray], offsets: list[int] | None = None) -> NDArray:
+        if offsets is not None:
+            parts = [part + offset for part, offset in zip(parts, offsets, strict=True)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def starts(lengths: list[int]) -> list[int]:
+        return [0, *np.cumsum(lengths)[:-1].tolist()] if lengths else []
+
+    token_start = starts([len(t) for t in trees])
+    sequence_start = starts([len(t.last) for t in trees])
+    span_start = starts([int(t.span[-1]) + 1 if len(t.span) else 0 for t in trees])
+    entry_start = starts([len(t.span_index) for t in trees])
+    compared = [
+        np.where(p.comparisons == ABSENT, ABSENT, p.comparisons + start)
+        for p, start in zip(pieces, sequence_start, strict=True)
+    ]
+    ids = joined([p.sequence_ids for p in pieces])
+    reference = np.zeros(0, np.float32) if reference_logprob is None else reference_logprob[ids]
+
+    def int32(array: NDArray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int32))
+
+    return TreeBatch(
+        tokens=torch.from_numpy(joined([*(t.tokens for t in trees), np.full(len(padding), pad_id)])),
+        position=int32(joined([*(t.position for t in trees), np.zeros(len(padding))])),
+        subtree_end=int32(np.append(joined([t.subtree_end for t in trees], token_start), padding + 1)),
+        source=int32(joined([t.source for t in trees], token_start)),
+        target=torch.from_numpy(joined([t.target for t in trees])),
+        span=int32(joined([t.span for t in trees], span_start)),
+        span_pointer=int32(np.append(0, joined([t.span_pointer[1:] for t in trees], entry_start))),
+        span_index=int32(joined([t.span_index for t in trees], span_start)),
+        last=int32(joined([t.last for t in trees], token_start)),
+        scored=int32(joined([t.scored for t in trees])),
+        comparisons=int32(np.concatenate([np.zeros((0, 2)), *compared])),
+        absolute=torch.from_numpy(np.concatenate([np.zeros(0, bool), *(p.absolute for p in pieces)])),
+        reference_logprob=torch.from_numpy(reference.astype(np.float32)),
+    )
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Items into bins of `capacity`: longest first, each into the first bin with room (Johnson 1973).
+
+    Uses at most 11/9 of the optimal number of bins, plus one.
+
+    Raises:
+        ValueError: an item is longer than the capacity.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
+        if lengths[item] > capacity:
+            raise ValueError(f"an item of {lengths[item]} tokens does not fit a row of {capacity}")
+        place = next((b for b, left in enumerate(room) if lengths[item] <= left), None)
+        if place is None:
+            bins.append([])
+            room.append(capacity)
+            place = len(bins) - 1
+        bins[place].append(item)
+        room[place] -= lengths[item]
+    return bins

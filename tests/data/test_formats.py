@@ -1,0 +1,597 @@
+"""Readers against rows written out by hand, published data with known counts, every kind of bad input."""
+
+import gzip
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from silva.engine.data.formats import FORMATS, Comparison, Message, Report, read_groups
+from silva.engine.errors import UserError
+
+
+@dataclass
+class Source:
+    """Stands in for the recipe's data source."""
+
+    path: str
+    format: str
+    split: str = "train"
+    limit: int | None = None
+    absolute: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+SEQUENCES = {"ultrainteract_sft", "messages", "prompt_completion"}
+
+
+def write(folder: Path, rows, name="rows.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder / name)
+
+
+def read(path, form, *, kind=None, on_bad_row="refuse", report=None, **options):
+    kind = kind or ("sequence" if form in SEQUENCES else "comparison")
+    source = Source(str(path), form, **options)
+    return list(read_groups(source, kind=kind, on_bad_row=on_bad_row, report=report or Report()))
+
+
+def user(text):
+    return Message("user", text)
+
+
+def assistant(text):
+    return Message("assistant", text)
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+# ---- UltraInteract, in the style of the Eurus README ---------------------------------------------
+
+SFT_ROWS = [
+    {
+        "id": "92a7356beaa7_1_1",
+        "parent_id": "535550938ff5",
+        "task": "Coding",
+        "dataset": "codecontest",
+        "instruction": "Write Python code to solve the task.\nMike has a string s.",
+        "response": "Step 1: Count the differences.\n```python\ns = input()\n```",
+    },
+    {
+        "id": "647b2e8706cf_1_1",
+        "parent_id": "499d250c5852",
+        "task": "Math_PoT",
+        "dataset": "mathqa",
+        "instruction": "Tool available:\n[1] Python interpreter\nwhat is the % change in area ?",
+        "response": "Step 1: area = l*w.\n```python\nprint(300)\n```",
+    },
+    {
+        "id": "92a19848da4f_1_1",
+        "parent_id": "107cc9147d8c",
+        "task": "Logic",
+        "dataset": "hotpotqa",
+        "instruction": "Which musician or group is from the US, 3OH!3 or Regina Spektor?",
+        "response": "Step 3: 3OH!3.\nAnswer:3OH!3",
+    },
+]
+TRAJECTORY = [
+    {"from": "user", "value": "Simplify $(-3-2i)-(1+4i)$."},
+    {"from": "assistant", "value": "Step 1: distribute.\n```python\n(-3) - (-1) + (-2i) - (-4i)\n```"},
+    {"from": "user", "value": "Out: SyntaxError: invalid syntax\nYour answer is wrong."},
+    {"from": "assistant", "value": "Step 1: distribute.\n```python\n(-3) - (-1) + (-2j) - (-4j)\n```"},
+    {"from": "user", "value": "Out: (-2+2j)\nYour answer is wrong."},
+]
+PAIR_ROW = {
+    "id": "d1f094e0e130_5_3",
+    "parent_id": "d1f094e0e130",
+    "task": "Math_PoT",
+    "dataset": "MATH",
+    "trajectory": TRAJECTORY,
+    "chosen": "Step 1: Split the expression.\n```python\nprint('-4-6i')\n```",
+    "rejected": "Step 1: distribute.\n```python\n-3 - 1 - 2j - 4j\n```",
+}
+
+
+def pair_row(turn, **changes):
+    """The row of an earlier turn of PAIR_ROW's tree."""
+    count = 2 * turn - 1
+    row = {**PAIR_ROW, "id": f"d1f094e0e130_5_{turn}", "trajectory": TRAJECTORY[:count]}
+    if count < len(TRAJECTORY):
+        row |= {"chosen": f"right at turn {turn}", "rejected": TRAJECTORY[count]["value"]}
+    return row | changes
+
+
+def test_ultrainteract_sft(tmp_path):
+    again = {**SFT_ROWS[0], "response": "Another way."}
+    groups = read(write(tmp_path, [*SFT_ROWS, again]), "ultrainteract_sft")
+    assert [group.id for group in groups] == ["535550938ff5", "499d250c5852", "107cc9147d8c"]
+    assert groups[0].conversations == [
+        (user(SFT_ROWS[0]["instruction"]), assistant(SFT_ROWS[0]["response"])),
+        (user(SFT_ROWS[0]["instruction"]), assistant("Another way.")),
+    ]
+    assert groups[1].origin == "rows.jsonl:2"
+    assert all(not group.comparisons for group in groups)
+
+
+def test_sft_duplicates_count_twice(tmp_path):
+    groups = read(write(tmp_path, [SFT_ROWS[0], SFT_ROWS[0]]), "ultrainteract_sft")
+    assert [len(group.conversations) for group in groups] == [2]
+
+
+def test_ultrainteract_pair(tmp_path):
+    (group,) = read(write(tmp_path, [PAIR_ROW]), "ultrainteract_pair", absolute=True)
+    history = tuple(Message(item["from"], item["value"]) for item in TRAJECTORY)
+    assert group.id == "d1f094e0e130"
+    assert group.conversations == [
+        (*history, assistant(PAIR_ROW["chosen"])),
+        (*history, assistant(PAIR_ROW["rejected"])),
+    ]
+    assert group.comparisons == [Comparison(0, 1, absolute=True)]
+
+
+def test_ultrainteract_rows_of_one_tree_need_not_be_adjacent(tmp_path):
+    other = {**pair_row(1), "parent_id": "other", "trajectory": [{"from": "user", "value": "Another task."}]}
+    rows = [pair_row(1), other, pair_row(2), pair_row(3)]
+    groups = read(write(tmp_path, rows), "ultrainteract_pair")
+    assert [(group.id, group.origin) for group in groups] == [
+        ("d1f094e0e130", "rows.jsonl:1"),
+        ("other", "rows.jsonl:2"),
+    ]
+    assert len(groups[0].conversations) == 6
+    assert groups[0].comparisons == [Comparison(0, 1), Comparison(2, 3), Comparison(4, 5)]
+
+
+def test_equal_conversations_of_a_tree_are_kept_once(tmp_path):
+    rows = [pair_row(1), pair_row(1, rejected="a second wrong answer")]
+    (group,) = read(write(tmp_path, rows), "ultrainteract_pair")
+    assert len(group.conversations) == 3
+    assert group.comparisons == [Comparison(0, 1), Comparison(0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"id": "d1f094e0e130"}, "id is not hash_depth_turn"),
+        ({"id": "d1f094e0e130_2_3"}, "turn 3 of depth 2"),
+        ({"id": "d1f094e0e130_5_2"}, "against 3 user messages"),
+        ({"trajectory": TRAJECTORY[:4]}, "disagree about the turn"),
+        ({"trajectory": []}, "trajectory is empty"),
+        ({"trajectory": [{"from": "tool", "value": "x"}]}, "unknown role"),
+        ({"trajectory": [{"speaker": "user", "text": "x"}]}, "neither role and content nor from and value"),
+        ({"trajectory": "text"}, "not a list of messages"),
+        ({"rejected": PAIR_ROW["chosen"]}, "chosen equals rejected"),
+        ({"chosen": " \n"}, "chosen is empty"),
+        ({"chosen": 3}, "chosen is not text"),
+        ({"chosen": "\ud800"}, "not valid Unicode"),
+    ],
+)
+def test_malformed_pair_rows(tmp_path, changes, words):
+    path = write(tmp_path, [pair_row(1), PAIR_ROW | changes])
+    with pytest.raises(UserError, match=words) as caught:
+        read(path, "ultrainteract_pair")
+    assert "rows.jsonl:2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    report = Report()
+    groups = read(path, "ultrainteract_pair", on_bad_row="skip", report=report)
+    assert [len(group.comparisons) for group in groups] == [1]
+    assert sum(report.counts.values()) == 1
+    assert list(report.examples.values()) == ["rows.jsonl:2"]
+
+
+def test_another_root_in_one_tree_is_malformed(tmp_path):
+    stranger = pair_row(1, trajectory=[{"from": "user", "value": "Another task."}], rejected="wrong")
+    path = write(tmp_path, [pair_row(1), stranger])
+    with pytest.raises(UserError, match=r"rows\.jsonl:2.*different instructions.*rows\.jsonl:1"):
+        read(path, "ultrainteract_pair")
+
+
+# ---- the other formats ---------------------------------------------------------------------------
+
+
+def test_ultrafeedback_compares_all_that_are_not_ties(tmp_path):
+    completions = [
+        {"response": "a", "overall_score": 7.5},
+        {"response": "b", "overall_score": "6"},
+        {"response": "c", "overall_score": 7.5},
+        {
+            "response": "d",
+            "overall_score": None,
+            "annotations": {
+                "honesty": {"Rating": "5"},
+                "helpfulness": {"Rating": "N/A"},
+                "truth": {"Rating": "4"},
+            },
+        },
+    ]
+    (group,) = read(write(tmp_path, [{"instruction": "q", "completions": completions}]), "ultrafeedback")
+    pairs = {
+        tuple(group.conversations[side][-1].content for side in (pair.chosen, pair.rejected))
+        for pair in group.comparisons
+    }
+    assert pairs == {("a", "b"), ("c", "b"), ("a", "d"), ("b", "d"), ("c", "d")}
+    assert len(group.comparisons) == 5
+
+
+def test_ultrafeedback_without_a_pair_is_counted(tmp_path):
+    tie = {"instruction": "t", "completions": [{"response": x, "overall_score": 1} for x in "ab"]}
+    good = {
+        "instruction": "q",
+        "completions": [{"response": x, "overall_score": i} for i, x in enumerate("ab")],
+    }
+    report = Report()
+    assert len(read(write(tmp_path, [good, tie]), "ultrafeedback", report=report)) == 1
+    assert report.lines() == ["skipped: no pair: the completions are ties: 1 (first: rows.jsonl:2)"]
+
+
+@pytest.mark.parametrize(
+    ("completions", "words"),
+    [
+        ("x", "not a list"),
+        ([], "not a list"),
+        ([{"overall_score": 1}], "no response"),
+        (
+            [{"response": "a", "annotations": {"x": {"Rating": "N/A"}}}],
+            "neither overall_score nor annotation",
+        ),
+        (
+            [{"response": "a", "overall_score": 1}, {"response": "a", "overall_score": 2}],
+            "chosen equals rejected",
+        ),
+    ],
+)
+def test_malformed_ultrafeedback(tmp_path, completions, words):
+    with pytest.raises(UserError, match=words):
+        read(write(tmp_path, [{"instruction": "q", "completions": completions}]), "ultrafeedback")
+
+
+def test_hh_rlhf(tmp_path):
+    start = "\n\nHuman: one?\n\nAssistant: two \n\nHuman: three\nlines"
+    rows = [
+        {"chosen": start + "\n\nAssistant: good", "rejected": start + "\n\nAssistant: bad"},
+        {"chosen": start + "\n\nAssistant: better", "rejected": start + "\n\nAssistant: bad"},
+    ]
+    (group,) = read(write(tmp_path, rows), "hh_rlhf")
+    assert group.conversations[0] == (
+        user("one?"),
+        assistant("two "),
+        user("three\nlines"),
+        assistant("good"),
+    )
+    assert group.comparisons == [Comparison(0, 1), Comparison(2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ("Human: hi", "does not start with"),
+        ("\n\nHuman: hi", "chosen does not end with an assistant"),
+        ("\n\nHuman: hi\n\nAssistant: ", "Assistant turn is empty"),
+        ("\n\nHuman: hi\n\nHuman: hi\n\nAssistant: x", "do not alternate"),
+        ("\n\nHuman: other\n\nAssistant: x", "same user message"),
+    ],
+)
+def test_malformed_hh_rlhf(tmp_path, chosen, words):
+    row = {"chosen": chosen, "rejected": "\n\nHuman: hi\n\nAssistant: y"}
+    with pytest.raises(UserError, match=words):
+        read(write(tmp_path, [row]), "hh_rlhf")
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": turns("q"), "chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]},
+        {"chosen": turns("q", "a"), "rejected": turns("q", "b")},
+        {"prompt": "q", "chosen": turns("q", "a"), "rejected": turns("q", "b")},
+        {"prompt": None, "chosen": turns("q", "a"), "rejected": turns("q", "b"), "score": 1},
+    ],
+)
+def test_preference_in_each_of_its_shapes(tmp_path, row):
+    (group,) = read(write(tmp_path, [row]), "preference")
+    assert group.conversations == [(user("q"), assistant("a")), (user("q"), assistant("b"))]
+    assert group.comparisons == [Comparison(0, 1)]
+
+
+def test_preference_rows_with_one_prompt_are_one_group(tmp_path):
+    rows = [
+        {"prompt": prompt, "chosen": "a", "rejected": rejected}
+        for rejected, prompt in zip("bcd", "pqp", strict=True)
+    ]
+    groups = read(write(tmp_path, rows), "preference")
+    assert [len(group.comparisons) for group in groups] == [2, 1]
+    assert len(groups[0].conversations) == 3
+    assert groups[0].id == read(write(tmp_path, rows[2:]), "preference")[0].id
+
+
+def test_multi_turn_preference_with_a_system_message(tmp_path):
+    prompt = [SYSTEM, *turns("q", "a", "r")]
+    row = {"prompt": prompt, "chosen": turns("", "x")[1:], "rejected": turns("", "y")[1:]}
+    (group,) = read(write(tmp_path, [row]), "preference")
+    assert [message.role for message in group.conversations[0]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "q", "chosen": "a"}, "no rejected.*it has prompt, chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "no rejected"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
+        ({"prompt": turns("q", "a"), "chosen": "a", "rejected": "b"}, "does not end with a user"),
+        ({"prompt": "q", "chosen": turns("z", "a"), "rejected": "b"}, "do not alternate"),
+        ({"chosen": turns("q", "a"), "rejected": turns("r", "b")}, "same user message"),
+        ({"chosen": turns("q", "a", "r"), "rejected": turns("q", "b")}, "does not end with an assistant"),
+    ],
+)
+def test_malformed_preference(tmp_path, row, words):
+    with pytest.raises(UserError, match=words):
+        read(write(tmp_path, [row]), "preference")
+
+
+def test_unpaired(tmp_path):
+    rows = [
+        {"prompt": "q", "completion": "a", "label": True},
+        {"prompt": turns("q"), "completion": turns("", "b")[1:], "label": 0},
+    ]
+    (group,) = read(write(tmp_path, rows), "unpaired")
+    assert group.comparisons == [Comparison(0, None), Comparison(None, 1)]
+    with pytest.raises(UserError, match="label is neither"):
+        read(write(tmp_path, [{**rows[0], "label": "yes"}]), "unpaired")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [SYSTEM, *turns("q", "a", "r", "b")]},
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+                {"from": "human", "value": "r"},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+    ],
+)
+def test_messages_and_sharegpt(tmp_path, row):
+    groups = read(write(tmp_path, [row, row]), "messages")
+    expected = (Message("system", "s"), user("q"), assistant("a"), user("r"), assistant("b"))
+    assert [group.conversations for group in groups] == [[expected], [expected]]
+    assert [group.origin for group in groups] == ["rows.jsonl:1", "rows.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "x"}, "neither messages nor conversations"),
+        ({"messages": turns("q")}, "does not end with an assistant"),
+        ({"messages": turns("q", "a", "r")}, "does not end with an assistant"),
+        ({"messages": turns("q", "a")[::-1]}, "message 1 is from assistant, not user"),
+        ({"messages": [SYSTEM]}, "does not end with an assistant"),
+        ({"messages": [*turns("q"), SYSTEM, *turns("", "a")[1:]]}, "message 2 is from system, not assistant"),
+        ({"messages": turns("q", "")}, "content is empty"),
+        ({"messages": [3]}, "not an object"),
+    ],
+)
+def test_malformed_messages(tmp_path, row, words):
+    with pytest.raises(UserError, match=words):
+        read(write(tmp_path, [row]), "messages")
+
+
+def test_prompt_completion_with_columns(tmp_path):
+    rows = [{"question": "q", "response": answer, "system_prompt": system} for answer, system in ["as", "b "]]
+    columns = {"prompt": "question", "completion": "response", "system": "system_prompt"}
+    rows[1]["system_prompt"] = ""
+    groups = read(write(tmp_path, rows), "prompt_completion", columns=columns)
+    assert [group.conversations for group in groups] == [
+        [(Message("system", "s"), user("q"), assistant("a"))],
+        [(user("q"), assistant("b"))],
+    ]
+
+
+def test_gsm8k_solutions_have_the_published_counts(shared_data):
+    path = shared_data / "gsm8k" / "example_model_solutions.jsonl.gz"
+    report = Report()
+    groups = read(path, "gsm8k_solutions", report=report)
+    assert len(groups) == 731
+    assert sum(len(group.comparisons) for group in groups) == 2429
+    assert sum(report.counts.values()) == 1319 - 731
+
+    with gzip.open(path, "rt") as lines:
+        first = json.loads(next(lines))
+    solutions = [value for value in first.values() if isinstance(value, dict)]
+    expected = {
+        (one["solution"], other["solution"])
+        for one, other in itertools.product(solutions, repeat=2)
+        if one["is_correct"] and not other["is_correct"]
+    }
+    found = {
+        (groups[0].conversations[pair.chosen][-1].content, groups[0].conversations[pair.rejected][-1].content)
+        for pair in groups[0].comparisons
+    }
+    assert found == expected
+
+    report = Report()
+    groups = read(path, "gsm8k_solutions", kind="sequence", report=report)
+    assert sum(len(group.conversations) for group in groups) == 2001  # of 1319 * 4 solutions
+    assert len(groups) + report.counts["skipped: no correct solution"] == 1319
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(5)]
+
+
+def prompts(groups):
+    return [group.conversations[0][0].content for group in groups]
+
+
+def test_every_kind_of_file_gives_the_same_groups(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(ROWS)
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines.replace(b"\n", b"\n\n"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.json").write_text(json.dumps(ROWS))
+    (tmp_path / "d.json").write_bytes(lines)
+    (tmp_path / "e.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    table.to_parquet(str(tmp_path / "f.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "folder" / "data").mkdir(parents=True)
+    write(tmp_path / "folder" / "data", ROWS[:2], "train-00000-of-00002.jsonl")
+    write(tmp_path / "folder" / "data", ROWS[2:], "train-00001-of-00002.jsonl")
+    write(tmp_path / "folder" / "data", ROWS[:1], "test-00000-of-00001.jsonl")
+    for name in [
+        "a.jsonl",
+        "b.jsonl.gz",
+        "c.json",
+        "d.json",
+        "e.json.gz",
+        "f.parquet",
+        "saved",
+        "splits",
+        "folder",
+    ]:
+        assert prompts(read(tmp_path / name, "preference")) == ["q0", "q1", "q2", "q3", "q4"], name
+    for name in ["splits", "folder"]:
+        assert prompts(read(tmp_path / name, "preference", split="test")) == ["q0"], name
+        with pytest.raises(UserError, match="split"):
+            read(tmp_path / name, "preference", split="dev")
+    assert prompts(read(tmp_path / "a.jsonl", "preference", limit=2)) == ["q0", "q1"]
+    assert read(tmp_path / "a.jsonl", "preference")[1].origin == "a.jsonl:3"
+    assert read(tmp_path / "f.parquet", "preference")[1].origin == "f.parquet:2"
+
+
+def test_rows_stream(tmp_path):
+    """The first group is there before a later bad line is met."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns("q", "a")}) + "\n{\n")
+    groups = read_groups(Source(str(path), "messages"), kind="sequence", on_bad_row="refuse", report=Report())
+    assert next(groups).origin == "rows.jsonl:1"
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the line is not JSON"):
+        next(groups)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"prompt": ', "the line is not JSON"),
+        (b"[1, 2]", "not an object with named fields"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_unreadable_lines(tmp_path, line, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{words}"):
+        read(path, "preference")
+    report = Report()
+    assert len(read(path, "preference", on_bad_row="skip", report=report)) == 1
+    assert len(report.lines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", b"", "it holds no rows"),
+        ("rows.jsonl", b"\n\n", "it holds no rows"),
+        ("rows.json", b"[]", "it holds no rows"),
+        ("rows.json", b"[{]", "not a JSON list"),
+        ("rows.txt", b"x", r"unknown kind of file; use one of \.jsonl"),
+        ("rows.jsonl.gz", b"no gzip", "damaged or cut short"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], "damaged or cut short"),
+        ("rows.parquet", b"PAR1 no", "cannot be read as Parquet"),
+    ],
+)
+def test_unusable_files(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read(tmp_path / name, "preference", on_bad_row="skip")
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        read(tmp_path / "absent.jsonl", "preference")
+    with pytest.raises(UserError, match="no such file or folder"):
+        read("absent.jsonl", "preference")
+    with pytest.raises(UserError, match="no file ending in"):
+        read(tmp_path, "preference")
+    write(tmp_path, ROWS, "train.jsonl")
+    write(tmp_path, ROWS, "more.jsonl")
+    with pytest.raises(UserError, match=r"train\.jsonl is named after a split and more\.jsonl is not"):
+        read(tmp_path, "preference")
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(name, *, split):
+        raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match="someone/absent: no such file or folder here, and the Hugging Face hub"
+    ):
+        read("someone/absent", "preference")
+
+
+def test_a_hub_data_set(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def answer(name, *, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    groups = read("someone/data", "preference", split="test")
+    assert asked == [("someone/data", "test")]
+    assert groups[4].origin == "someone/data:5"
+
+
+def test_all_rows_skipped_is_an_error_that_says_why(tmp_path):
+    path = write(tmp_path, [{"prompt": "q"}, {"prompt": "r"}])
+    with pytest.raises(
+        UserError, match=r"none of its 2 rows can be used: skipped: the row has no chosen, rejected: 2"
+    ):
+        read(path, "preference", on_bad_row="skip")
+
+
+def test_wrong_requests_are_refused_before_any_row_is_read(tmp_path):
+    path = write(tmp_path, ROWS)
+
+    def ask(**changes):
+        options = {"format": "preference", "kind": "comparison", "columns": {}} | changes
+        source = Source(path, options["format"], columns=options["columns"])
+        return read_groups(source, kind=options["kind"], on_bad_row="refuse", report=Report())
+
+    with pytest.raises(UserError, match="unknown format 'csv'; known: ultrainteract_sft, ultrainteract_pair"):
+        ask(format="csv")
+    with pytest.raises(UserError, match="gives comparisons, this objective needs sequences"):
+        ask(kind="sequence")
+    with pytest.raises(
+        UserError, match="gives sequences without comparisons, this objective needs comparisons"
+    ):
+        ask(format="messages")
+    with pytest.raises(
+        UserError, match="columns names question, but format preference reads chosen, rejected, prompt"
+    ):
+        ask(columns={"question": "prompt"})
+    assert set(FORMATS) >= {"hh_rlhf", "unpaired", "messages", "gsm8k_solutions"}
