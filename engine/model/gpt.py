@@ -1,0 +1,378 @@
+"""The model: megatron-core's GPTModel with attention over packed trees. The one file that touches GPTModel.
+
+S tokens of the row, L scored positions, N sequences, H hidden size, D head size; tp tensor-parallel
+processes. Rows travel as (S, 1, H): sequence first, one row per micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from silva.engine.data.packing import TreeBatch
+from silva.engine.errors import UserError
+from silva.engine.model.heads import LogProbHead, RewardHead
+from silva.engine.model.hf_layout import ModelShape, padded_vocabulary
+
+# the one place attention comes from: a kernel with the same arguments takes the definition's place here
+from silva.kernels.reference import QueryBlock, query_blocks, rms_norm, rotary, tree_attention
+
+if TYPE_CHECKING:
+    from silva.engine.config import Parallel
+
+Head = Literal["lm", "reward"]
+
+
+@dataclass
+class SilvaConfig(TransformerConfig):
+    """megatron-core's configuration and what our modules need beside it; every module gets it."""
+
+    head: Head = "lm"
+    vocabulary: int = 0  # real tokens, without the padding to a multiple of tp
+    rope_theta: float = 10000.0
+    window: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class TreeParams(PackedSeqParams):
+    """What a stage must know of a row besides the hidden states, handed through as `packed_seq_params`.
+
+    An argument and not an attribute of the modules: under a pipeline with recomputation, other micro-batches
+    pass between a forward and its recomputation. The format stays "sbhd" so that no branch for
+    megatron-core's own packing runs.
+    """
+
+    qkv_format: str = "sbhd"
+    subtree_end: Tensor | None = None  # (S,) int32
+    position: Tensor | None = None  # (S,) int32
+    blocks: list[QueryBlock] | None = None  # what each block of queries sees, the same for every layer
+    source: Tensor | None = None  # (L,) int32; None: the last stage gives logits
+    target: Tensor | None = None  # (L,) int64
+    last: Tensor | None = None  # (N,) int32
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) of Llama."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # each process sees a part of the row only: megatron-core then sums the gradient over them
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class TreeAttention(nn.Module):
+    """Rotary positions and attention of every token to its ancestors, between the projections of a layer."""
+
+    inverse_frequency: Tensor
+
+    def __init__(self, config: SilvaConfig, layer_number: int, **unused: Any) -> None:
+        super().__init__()
+        self.window = config.window
+        size = config.kv_channels
+        exponent = torch.arange(0, size, 2, dtype=torch.float32) / size
+        frequency = (1.0 / config.rope_theta**exponent).to(torch.cuda.current_device())
+        self.register_buffer("inverse_frequency", frequency, persistent=False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *unused: Any,
+        packed_seq_params: TreeParams,
+        **unused_too: Any,
+    ) -> Tensor:
+        """query (S, 1, H_q / tp, D), key and value (S, 1, H_kv / tp, D) -> (S, 1, H_q / tp * D)."""
+        position, subtree_end = packed_seq_params.position, packed_seq_params.subtree_end
+        assert position is not None
+        assert subtree_end is not None
+        out = tree_attention(
+            rotary(query[:, 0], position, self.inverse_frequency),
+            rotary(key[:, 0], position, self.inverse_frequency),
+            value[:, 0],
+            subtree_end,
+            position=position,
+            window=self.window,
+            blocks=packed_seq_params.blocks,
+        )
+        return out.flatten(1)[:, None]
+
+
+class TreeModel(GPTModel):
+    """GPTModel with our heads."""
+
+    config: SilvaConfig
+    output_layer: nn.Module
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        # the constructor's last step: its output layer gives way before attributes and ties are set on it
+        if self.post_process:
+            if self.config.head == "lm":
+                self.output_layer = LogProbHead(self.output_layer, self.config.vocabulary)
+            else:
+                self.output_layer = RewardHead(self.config, self.pg_collection.tp, self.config.seed)
+        super().setup_embeddings_and_output_layer()
+
+    def _postprocess(self, *, hidden_states: Tensor, packed_seq_params: TreeParams, **unused: Any) -> Tensor:
+        """hidden states to the next stage, or what the head makes of them."""
+        if not self.post_process:
+            return hidden_states
+        row = packed_seq_params
+        if self.config.head == "reward":
+            return self.output_layer(hidden_states, row.last)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden_states, weight, source=row.source, target=row.target)
+
+
+def build(
+    shape: ModelShape, parallel: Parallel, *, head: Head, dtype: torch.dtype, seed: int = 0
+) -> list[nn.Module]:
+    """The slice of the model this process holds: one module per virtual stage, without data parallelism.
+
+    Weights are *not initialised* (`hf.load` fills them), except norms with ones and a reward head from
+    `seed`.
+
+    Args:
+        shape: of the checkpoint.
+        parallel: the layout that `groups.initialize` built.
+        dtype: float32, bfloat16 or float64, of parameters and activations.
+
+    Raises:
+        UserError: the shape does not fit the layout, naming the key.
+    """
+    check_layout(shape, parallel)
+    config = _configuration(shape, parallel, head=head, dtype=dtype, seed=seed)
+    stages: list[int | None] = (
+        [None] if parallel.virtual_pipeline is None else [*range(parallel.virtual_pipeline)]
+    )
+    return [_build_stage(config, shape, stage) for stage in stages]
+
+
+def check_layout(shape: ModelShape, parallel: Parallel) -> None:
+    """Raises UserError where the model cannot be split as `parallel` asks."""
+    if parallel.context > 1:
+        raise UserError(
+            f"parallel.context is {parallel.context}: context parallelism is not built yet, only 1 works"
+        )
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    splits = [
+        ("parallel.pipeline x parallel.virtual_pipeline", stages, "layers", shape.layers),
+        ("parallel.tensor", parallel.tensor, "attention heads", shape.heads),
+        ("parallel.tensor", parallel.tensor, "feed-forward columns", shape.ffn),
+    ]
+    # with fewer key-value heads than processes, each head is computed on several of them
+    if shape.kv_heads >= parallel.tensor:
+        splits.append(("parallel.tensor", parallel.tensor, "key-value heads", shape.kv_heads))
+    for key, parts, what, count in splits:
+        if count % parts:
+            raise UserError(
+                f"{key} is {parts}, but the model's {count} {what} cannot be split into {parts} equal parts"
+            )
+    if shape.kv_heads < parallel.tensor and parallel.tensor % shape.kv_heads:
+        raise UserError(
+            f"parallel.tensor is {parallel.tensor}, which must be a multiple of the model's {shape.kv_heads} "
+            "key-value heads"
+        )
+
+
+def _configuration(
+    shape: ModelShape, parallel: Parallel, *, head: Head, dtype: torch.dtype, seed: int
+) -> SilvaConfig:
+    options: dict[str, Any] = {}
+    if parallel.virtual_pipeline is not None:
+        # batched point-to-point works mix up the neighbours of a pipeline of two: wrong without an error
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if parallel.recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif parallel.recompute == "selective":
+        # what holds much and is cheap to compute again
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return SilvaConfig(
+        head=head,
+        vocabulary=shape.vocab,
+        rope_theta=shape.rope_theta,
+        window=shape.window,
+        seed=seed,
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=True,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # demanded with variable lengths, of dense models too
+        deallocate_pipeline_outputs=True,
+        # losses come divided by the global count: gradients are plain sums over micro-batches and processes
+        calculate_per_token_loss=True,
+        **options,
+    )
+
+
+def _layer_spec() -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=TreeAttention, linear_proj=RowParallelLinear
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _build_stage(config: SilvaConfig, shape: ModelShape, virtual_stage: int | None) -> TreeModel:
+    where: dict[str, Any] = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
+    layers = get_num_layers_to_build(config, virtual_stage)
+    model = TreeModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=[_layer_spec()] * layers, layer_norm=RMSNorm),
+        vocab_size=padded_vocabulary(shape.vocab, config.tensor_model_parallel_size),
+        max_sequence_length=shape.max_position,
+        position_embedding_type="none",  # positions are depths in a tree: TreeAttention applies them
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        # a reward head is no output matrix: with one, nothing is left to tie
+        share_embeddings_and_output_weights=shape.tied and config.head == "lm",
+        vp_stage=virtual_stage,
+    )
+    # Without megatron-core's own initialisation nobody marks split weights as split, and norms and clipping
+    # would count those of the first process only.
+    for name, module in model.named_modules():
+        split = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+        if split and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(
+                module.weight,
+                is_parallel=True,
+                dim=1 if isinstance(module, RowParallelLinear) else 0,
+                stride=2 if name.endswith("linear_fc1") else 1,  # gate and up, each split over the processes
+            )
+    return model
+
+
+def forward(chunk: nn.Module, batch: TreeBatch) -> Tensor:
+    """One stage's forward pass over one row; with a pipeline, called by megatron-core's schedule.
+
+    Args:
+        chunk: one of `build`'s modules, wrapped for data parallelism or not.
+        batch: on this process's device; the same row on every tensor-parallel process and stage.
+
+    Returns:
+        On the last stage log-probs (L,) (head "lm") or rewards (N,) (head "reward"), float32 at least; on the
+        others hidden states for the next stage.
+
+    Raises:
+        ValueError: sequence parallelism cannot split the row.
+    """
+    row = TreeParams(
+        subtree_end=batch.subtree_end,
+        position=batch.position,
+        source=batch.source,
+        target=batch.target,
+        last=batch.last,
+    )
+    return _run(chunk, batch.tokens, row)
+
+
+def logits(chunk: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits of a plain sequence, to compare with other implementations: `forward` without a head's targets.
+
+    Args:
+        tokens: (S,) int64.
+
+    Returns:
+        On the last stage (S, V), equal on every tensor-parallel process; on the others hidden states.
+    """
+    size = tokens.shape[0]
+    position = torch.arange(size, dtype=torch.int32, device=tokens.device)
+    out = _run(chunk, tokens, TreeParams(subtree_end=torch.full_like(position, size), position=position))
+    model = _unwrapped(chunk)
+    if not model.post_process:
+        return out
+    return gather_from_tensor_model_parallel_region(out)[:, 0, : model.config.vocabulary]
+
+
+def head_of(chunk: nn.Module) -> Head:
+    """Which head the model of this chunk has, on any stage; wrapped or not."""
+    return _unwrapped(chunk).config.head
+
+
+def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams) -> Tensor:
+    config = _unwrapped(chunk).config
+    if config.sequence_parallel and tokens.shape[0] % config.tensor_model_parallel_size:
+        raise ValueError(
+            f"a row of {tokens.shape[0]} tokens cannot be split over {config.tensor_model_parallel_size} "
+            "sequence-parallel processes: pack rows to a multiple of it"
+        )
+    assert row.subtree_end is not None
+    row.blocks = query_blocks(row.subtree_end, position=row.position, window=config.window)
+    return chunk(input_ids=tokens[None], position_ids=None, attention_mask=None, packed_seq_params=row)
+
+
+def _unwrapped(chunk: nn.Module) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk

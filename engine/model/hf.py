@@ -1,0 +1,270 @@
+"""Hugging Face checkpoints in: the shape from config.json, weights streamed from safetensors.
+
+Every process reads only the rows and columns it holds, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from silva.engine.parallel import groups
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from silva.engine.errors import UserError
+from silva.engine.model.hf_export import export
+from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, pieces, tensors
+
+__all__ = ["ModelShape", "export", "fetch", "load", "read_shape"]
+
+# what this project reads of a repository: no pickles, no code
+WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "LlamaForSequenceClassification",
+    "MistralForSequenceClassification",
+    "EurusRewardModel",
+)
+# transformers leaves out of config.json what equals its own default
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+}
+
+
+def fetch(path: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint: the path itself, or the download of a model hub's `owner/name`.
+
+    Raises:
+        UserError: neither a folder nor a name that can be downloaded.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{path}: a file, not a checkpoint's folder; give the folder that holds config.json")
+    if not HUB_NAME.fullmatch(str(path)):
+        raise UserError(
+            f"{path}: no such folder; give a Hugging Face checkpoint's folder or a hub name owner/name"
+        )
+    return _download(str(path))
+
+
+@cache
+def _download(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        # ignoring */*: some repositories keep a second copy of the weights in a folder
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=[*WANTED], ignore_patterns=["*/*"])
+        )
+    # no connection arrives as LocalEntryNotFoundError or an OSError, a malformed name as ValueError
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: no such folder here, and downloading it from the model hub failed ({reason}); "
+            "check the name and the network, or give a local folder"
+        ) from error
+
+
+def read_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """The shape in a checkpoint's config.json.
+
+    Raises:
+        UserError: not a Llama or Mistral as `gpt.build` makes them, naming the key.
+    """
+    file = fetch(path) / "config.json"
+    config = _read_json(file)
+    kind = config.get("model_type")
+    named = config.get("architectures") or [None]
+    if kind not in DEFAULTS or named[0] not in (*ARCHITECTURES, None):
+        raise UserError(
+            f"{file}: model_type {kind!r} with architectures {named} is not supported; it has to be llama or "
+            f"mistral with one of {', '.join(ARCHITECTURES)}"
+        )
+    config = DEFAULTS[kind] | config
+    _refuse_variants(file, config)
+    heads, hidden = (_count(file, config, key) for key in ("num_attention_heads", "hidden_size"))
+    kv_heads = heads if config["num_key_value_heads"] is None else _count(file, config, "num_key_value_heads")
+    head_dim = hidden // heads if config.get("head_dim") is None else _count(file, config, "head_dim")
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(
+            f"{file}: {heads} attention heads of size {head_dim} over {kv_heads} key-value heads; the heads "
+            "must be a multiple of the key-value heads and their size even"
+        )
+    windowed = kind == "mistral" and config["sliding_window"] is not None
+    return ModelShape(
+        layers=_count(file, config, "num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=_count(file, config, "intermediate_size"),
+        vocab=_count(file, config, "vocab_size"),
+        rope_theta=_rope_theta(file, config),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        window=_count(file, config, "sliding_window") if windowed else None,
+        architecture=kind,
+        max_position=_count(file, config, "max_position_embeddings"),
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; {file.parent} is not a Hugging Face checkpoint's folder") from None
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: a JSON object is expected, found {type(found).__name__}")
+    return found
+
+
+def _count(file: Path, config: dict[str, Any], key: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{file}: {key} must be a positive whole number, found {value!r}")
+    return value
+
+
+def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
+    """Raises UserError for what would change the model's outputs and is not built."""
+    supported: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "attention_dropout": (0, 0.0),
+        "partial_rotary_factor": (1, 1.0),
+        "quantization_config": (None,),
+    }
+    for key, values in supported.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(f"{file}: {key} is {config[key]!r}; only {values[0]!r} is supported")
+
+
+def _rope_theta(file: Path, config: dict[str, Any]) -> float:
+    """transformers 5 writes `rope_parameters`, before it was `rope_theta` and `rope_scaling`."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError(
+                f"{file}: {key} is {rope}; only unscaled positions (rope_type default) are supported"
+            )
+    rope = config.get("rope_parameters") or {}
+    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+class _Checkpoint:
+    """The safetensors files of a folder, opened when first read from."""
+
+    def __init__(self, folder: Path, opened: ExitStack) -> None:
+        self.folder, self._opened = folder, opened
+        self._files: dict[str, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self.names: dict[str, str] = _read_json(index).get("weight_map", {})
+        elif (folder / "model.safetensors").exists():
+            self.names = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
+        elif [*folder.glob("*.bin")]:
+            raise UserError(
+                f"{folder}: only .bin files (pickles) are here, and pickles are not read; convert them once "
+                "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            )
+        else:
+            raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is here")
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            path = self.folder / name
+            try:
+                self._files[name] = self._opened.enter_context(safe_open(path, "pt"))
+            except FileNotFoundError:
+                raise UserError(
+                    f"{path}: missing, though the index names it; download the checkpoint again"
+                ) from None
+            except SafetensorError as error:
+                raise UserError(f"{path}: damaged ({error}); download the checkpoint again") from None
+        return self._files[name]
+
+    def tensor(self, name: str) -> Any:
+        """A slice object over one tensor; nothing is read yet."""
+        try:
+            return self._file(self.names[name]).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / self.names[name]}: {name}: {error}") from None
+
+    def check(self, expected: dict[str, tuple[int, ...]], *, unused: set[str]) -> None:
+        """Raises UserError unless exactly `expected` is here; `unused` may be here too and is left alone."""
+        for name, shape in expected.items():
+            if name not in self.names:
+                raise UserError(f"{self.folder}: tensor {name} is missing; it should have shape {[*shape]}")
+            found = [*self.tensor(name).get_shape()]
+            if found != [*shape]:
+                raise UserError(
+                    f"{self.folder}: tensor {name} has shape {found}, but config.json makes it {[*shape]}"
+                )
+        # old checkpoints store the rotary frequencies, which follow from config.json
+        extra = {n for n in self.names if not n.endswith("rotary_emb.inv_freq")} - set(expected) - unused
+        if extra:
+            raise UserError(
+                f"{self.folder}: tensor {min(extra)} has no place in the model that config.json describes "
+                f"({len(extra)} such tensors)"
+            )
+
+
+@torch.no_grad()
+def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: ModelShape) -> None:
+    """Fill the weights of `gpt.build`'s modules from a checkpoint, converting to their type.
+
+    A reward head is read where the checkpoint has one (`score.weight`, `regression_head.weight`) and keeps
+    the weight it was built with otherwise. Padded vocabulary rows become zero.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, or has no place in the model.
+    """
+    with ExitStack() as opened:
+        checkpoint = _Checkpoint(fetch(path), opened)
+        head: Any = chunks[0].config.head  # type: ignore[union-attr]
+        score = next((name for name in (SCORE, REGRESSION) if name in checkpoint.names), None)
+        expected = tensors(shape)
+        if head == "lm" and not shape.tied:
+            expected[OUTPUT] = (shape.vocab, shape.hidden)
+        if head == "reward" and score:
+            expected[score] = (1, shape.hidden)
+        checkpoint.check(expected, unused={OUTPUT, SCORE, REGRESSION})
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if head == "reward" and name == "output_layer.weight":
+                    if score:
+                        parameter.copy_(checkpoint.tensor(score)[:])
+                else:
+                    _fill(parameter, name, chunk, checkpoint, shape)
+
+
+def _fill(
+    parameter: nn.Parameter, name: str, chunk: nn.Module, checkpoint: _Checkpoint, shape: ModelShape
+) -> None:
+    parameter.zero_()
+    layer = global_layer(chunk, name)
+    rank, size = groups.tensor_rank(), groups.tensor_size()
+    for piece in pieces(name, layer, shape, tensor_rank=rank, tensor_size=size):
+        source = checkpoint.tensor(piece.tensor)
+        cut = slice(piece.start, piece.stop)
+        values = source[cut] if piece.dim == 0 else source[:, cut]
+        parameter.narrow(piece.dim, piece.at, piece.stop - piece.start).copy_(values)

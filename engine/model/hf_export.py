@@ -1,0 +1,265 @@
+"""Hugging Face checkpoints out: gathered and written tensor by tensor, published in one step.
+
+Every pipeline stage writes its own files. A process holds at most one parameter and one file's worth of
+tensors beside its share of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from silva.engine.parallel import groups
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from silva.engine.errors import UserError
+from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, pieces
+
+RewardFormat = Literal["sequence_classification", "eurus", "both"]
+MARKER = "silva_export.json"  # says that a folder was written here and may be replaced
+# what belongs to a checkpoint beside its weights and config.json
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def export(
+    chunks: Sequence[nn.Module],
+    shape: ModelShape,
+    *,
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype,
+    head: Literal["lm", "reward"],
+    reward_format: RewardFormat = "both",
+    max_shard_size: str = "5GB",
+    finish: Callable[[Path], None] | None = None,
+) -> list[Path]:
+    """Write the model as a Hugging Face checkpoint; every process calls it.
+
+    The folder is written as `<folder>.partial` and renamed when it is complete. A reward model is written as
+    a sequence classifier of transformers with `num_labels` 1 (`score.weight`), or in EurusRewardModel's
+    naming (`regression_head.weight`; that class is not part of transformers); "both" writes the first to
+    `<folder>` and the second to `<folder>-eurus`.
+
+    Args:
+        chunks: `gpt.build`'s modules, not wrapped.
+        source: folder of the checkpoint the model came from: config.json is taken from it with what changed,
+            tokenizer, chat template and generation config as they are.
+        dtype: of the written tensors.
+        max_shard_size: largest file, such as "5GB" (powers of ten); a larger tensor gets a file of its own.
+        finish: called by the first process with each unpublished folder, to add or replace files.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        UserError: a folder is there already that no export wrote, or an unreadable `max_shard_size`.
+    """
+    limit = _bytes(max_shard_size)
+    jobs = _jobs(Path(folder), head, reward_format)
+    for target, _ in jobs:
+        _check_replaceable(target)
+    dist.barrier()  # every process has looked before the first one writes
+    for target, score in jobs:
+        partial = target.with_name(target.name + ".partial")
+        if groups.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        _write_stage(chunks, shape, partial, dtype=dtype, score=score, limit=limit)
+        dist.barrier()
+        if groups.rank() == 0:
+            _join_stages(partial)
+            _write_companions(Path(source), partial, shape, dtype=dtype, score=score)
+            if finish is not None:
+                finish(partial)
+            _publish(partial, target)
+        dist.barrier()
+    return [target for target, _ in jobs]
+
+
+def _jobs(folder: Path, head: str, reward_format: RewardFormat) -> list[tuple[Path, str | None]]:
+    """Folders to write and the name of the reward head's tensor in each."""
+    if head == "lm":
+        return [(folder, None)]
+    if reward_format == "both":
+        return [(folder, SCORE), (folder.with_name(folder.name + "-eurus"), REGRESSION)]
+    return [(folder, SCORE if reward_format == "sequence_classification" else REGRESSION)]
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"([1-9]\d*)(KB|MB|GB)", size)
+    if match is None:
+        raise UserError(f"export.max_shard_size: {size!r} is not a size such as 500MB or 5GB")
+    return int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
+
+
+def _check_replaceable(target: Path) -> None:
+    """An empty folder or an earlier export may be replaced, nothing else: its files are somebody's."""
+    if target.exists() and not (
+        target.is_dir() and ((target / MARKER).is_file() or not any(target.iterdir()))
+    ):
+        raise UserError(
+            f"{target}: exists and was not written by an export (no {MARKER} in it); choose another "
+            "export.path or move it away"
+        )
+
+
+class _Files:
+    """Collects tensors and writes a file whenever the next one would not fit into it."""
+
+    def __init__(self, folder: Path, stage: int, limit: int) -> None:
+        self._folder, self._stage, self._limit = folder, stage, limit
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self.weights: list[tuple[str, list[str]]] = []  # (file, its tensors)
+        self.bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._held and self._held_bytes + tensor.nbytes > self._limit:
+            self.flush()
+        self._held[name] = tensor
+        self._held_bytes += tensor.nbytes
+        self.bytes += tensor.nbytes
+
+    def flush(self) -> None:
+        if self._held:
+            file = f"stage-{self._stage:03d}-{len(self.weights):05d}.safetensors"
+            save_file(self._held, self._folder / file, metadata={"format": "pt"})
+            self.weights.append((file, [*self._held]))
+            self._held, self._held_bytes = {}, 0
+
+
+@torch.no_grad()
+def _write_stage(
+    chunks: Sequence[nn.Module],
+    shape: ModelShape,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    score: str | None,
+    limit: int,
+) -> None:
+    """This stage's tensors into files of their own, and a table of them; one data-parallel copy writes."""
+    if groups.data_rank() != 0:
+        return
+    files = _Files(folder, groups.pipeline_rank(), limit)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            for tensor_name, tensor in _whole_tensors(chunk, name, parameter, shape, score=score):
+                files.add(tensor_name, tensor.to(device="cpu", dtype=dtype).contiguous())
+    if groups.tensor_rank() == 0:
+        files.flush()
+        table = {"bytes": files.bytes, "weights": files.weights}
+        _write_json(folder / f"stage-{groups.pipeline_rank():03d}.json", table)
+
+
+def _whole_tensors(
+    chunk: nn.Module, name: str, parameter: nn.Parameter, shape: ModelShape, *, score: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors a parameter holds, on the first tensor-parallel process; elsewhere nothing."""
+    if name == "output_layer.weight":
+        if score is not None:
+            if groups.tensor_rank() == 0:
+                yield score, parameter.clone()
+            return
+        if shape.tied:  # the embedding's copy at the end of a pipeline
+            return
+    shares = [parameter.detach()]
+    if getattr(parameter, "tensor_model_parallel", False) and groups.tensor_size() > 1:
+        shares = _gather(parameter)
+    if groups.tensor_rank() != 0:
+        return
+    found: dict[str, list[tuple[int, int, Tensor]]] = {}
+    layer = global_layer(chunk, name)
+    for rank, share in enumerate(shares):
+        for piece in pieces(name, layer, shape, tensor_rank=rank, tensor_size=len(shares)):
+            part = share.narrow(piece.dim, piece.at, piece.stop - piece.start)
+            found.setdefault(piece.tensor, []).append((piece.start, piece.dim, part))
+    for tensor, parts in found.items():
+        parts.sort(key=lambda part: part[0])
+        yield tensor, torch.cat([part for _, _, part in parts], dim=parts[0][1])
+
+
+def _gather(parameter: nn.Parameter) -> list[Tensor]:
+    """All shares, on the first tensor-parallel process; an empty list elsewhere."""
+    mine = parameter.detach().contiguous()
+    first = groups.tensor_rank() == 0
+    shares = [torch.empty_like(mine) for _ in range(groups.tensor_size())] if first else []
+    dist.gather(mine, shares if first else None, group=groups.tensor_group(), group_dst=0)
+    return shares
+
+
+def _join_stages(folder: Path) -> None:
+    """Give the stages' files their final names, as transformers does, and write the index."""
+    tables = [json.loads(table.read_text()) for table in sorted(folder.glob("stage-*.json"))]
+    files = [entry for table in tables for entry in table["weights"]]
+    weight_map: dict[str, str] = {}
+    for number, (file, names) in enumerate(files, 1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        if len(files) == 1:
+            final = "model.safetensors"
+        (folder / file).rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(files) > 1:
+        total = sum(table["bytes"] for table in tables)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
+    for table in folder.glob("stage-*.json"):
+        table.unlink()
+
+
+def _write_companions(
+    source: Path, folder: Path, shape: ModelShape, *, dtype: torch.dtype, score: str | None
+) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    # Heads and code of the source do not describe what is written now.
+    for key in ("auto_map", "id2label", "label2id", "num_labels", "problem_type", "torch_dtype"):
+        config.pop(key, None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    name = {"llama": "Llama", "mistral": "Mistral"}[shape.architecture]
+    if score is None:
+        config["architectures"] = [f"{name}ForCausalLM"]
+    elif score == SCORE:
+        config["architectures"] = [f"{name}ForSequenceClassification"]
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # how num_labels 1 is written
+    else:
+        config["architectures"] = ["EurusRewardModel"]
+    _write_json(folder / "config.json", config)
+    _write_json(folder / MARKER, {"head": "lm" if score is None else score})
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """`partial` becomes `target`; an earlier export gives way only now."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,143 @@
+"""Where every slice of a megatron-core parameter lies in a Hugging Face Llama or Mistral checkpoint.
+
+Import and export both walk the pieces given here, so each is the other's inverse by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+SCORE = "score.weight"  # transformers' *ForSequenceClassification
+REGRESSION = "regression_head.weight"  # EurusRewardModel
+LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a Llama or Mistral is, apart from its weights."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool  # the output matrix is the embedding
+    window: int | None  # a token sees this many positions back, itself included; None: all
+    architecture: str  # "llama" or "mistral"
+    max_position: int
+
+
+class Piece(NamedTuple):
+    """`parameter.narrow(dim, at, stop - start)` is `tensor[start:stop]` along `dim`."""
+
+    tensor: str
+    dim: int
+    start: int
+    stop: int
+    at: int
+
+
+def padded_vocabulary(vocabulary: int, tensor_size: int) -> int:
+    """Rows of the embedding: the next multiple of the tensor-parallel size."""
+    return -(-vocabulary // tensor_size) * tensor_size
+
+
+def global_layer(chunk: Any, parameter: str) -> int | None:
+    """The number of a parameter's layer in the whole model, None outside the layers."""
+    match = re.match(r"decoder\.layers\.(\d+)\.", parameter)
+    return None if match is None else chunk.decoder.layers[int(match[1])].layer_number - 1
+
+
+def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of everything in a checkpoint except its heads."""
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    found: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (shape.vocab, shape.hidden),
+        "model.norm.weight": (shape.hidden,),
+    }
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        found |= {
+            prefix + "input_layernorm.weight": (shape.hidden,),
+            prefix + "self_attn.q_proj.weight": (query, shape.hidden),
+            prefix + "self_attn.k_proj.weight": (key_value, shape.hidden),
+            prefix + "self_attn.v_proj.weight": (key_value, shape.hidden),
+            prefix + "self_attn.o_proj.weight": (shape.hidden, query),
+            prefix + "post_attention_layernorm.weight": (shape.hidden,),
+            prefix + "mlp.gate_proj.weight": (shape.ffn, shape.hidden),
+            prefix + "mlp.up_proj.weight": (shape.ffn, shape.hidden),
+            prefix + "mlp.down_proj.weight": (shape.hidden, shape.ffn),
+        }
+    return found
+
+
+def pieces(
+    parameter: str, layer: int | None, shape: ModelShape, *, tensor_rank: int, tensor_size: int
+) -> Iterator[Piece]:
+    """The pieces one tensor-parallel process's share of a parameter is made of; a reward head's is not here.
+
+    Args:
+        parameter: megatron-core's name within a stage.
+        layer: number of the layer in the whole model, None outside the layers.
+
+    Raises:
+        KeyError: an unknown parameter.
+    """
+
+    def share(tensor: str, dim: int, size: int, at: int = 0) -> Piece:
+        part = size // tensor_size
+        return Piece(tensor, dim, tensor_rank * part, (tensor_rank + 1) * part, at)
+
+    match = LAYER.fullmatch(parameter)
+    name, prefix = (match[1], f"model.layers.{layer}.") if match else (parameter, "")
+    if name == "self_attention.linear_qkv.weight":
+        yield from _query_key_value(prefix, shape, tensor_rank, tensor_size)
+    elif name == "self_attention.linear_proj.weight":
+        yield share(prefix + "self_attn.o_proj.weight", 1, shape.heads * shape.head_dim)
+    elif name == "mlp.linear_fc1.weight":
+        yield share(prefix + "mlp.gate_proj.weight", 0, shape.ffn)
+        yield share(prefix + "mlp.up_proj.weight", 0, shape.ffn, at=shape.ffn // tensor_size)
+    elif name == "mlp.linear_fc2.weight":
+        yield share(prefix + "mlp.down_proj.weight", 1, shape.ffn)
+    elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        part = padded_vocabulary(shape.vocab, tensor_size) // tensor_size
+        start, stop = (min((tensor_rank + n) * part, shape.vocab) for n in (0, 1))
+        if stop > start:  # the rest is padding
+            tensor = OUTPUT if name == "output_layer.weight" and not shape.tied else EMBEDDING
+            yield Piece(tensor, 0, start, stop, 0)
+    else:
+        norms = {
+            "input_layernorm.weight": "input_layernorm.weight",
+            "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+            "decoder.final_layernorm.weight": "model.norm.weight",
+        }
+        yield Piece(prefix + norms[name], 0, 0, shape.hidden, 0)
+
+
+def _query_key_value(prefix: str, shape: ModelShape, tensor_rank: int, tensor_size: int) -> Iterator[Piece]:
+    """Per key-value head: the query heads that read it, its key, its value; split by rows over processes.
+
+    With fewer key-value heads than processes a share begins or ends within such a group.
+    """
+    size, queries = shape.head_dim, shape.heads // shape.kv_heads * shape.head_dim
+    rows = (shape.heads + 2 * shape.kv_heads) * size
+    first, end = tensor_rank * rows // tensor_size, (tensor_rank + 1) * rows // tensor_size
+    row = 0
+    for group in range(shape.kv_heads):
+        for projection, count in (("q_proj", queries), ("k_proj", size), ("v_proj", size)):
+            start, stop = max(row, first), min(row + count, end)
+            if stop > start:
+                offset = group * count - row
+                yield Piece(
+                    f"{prefix}self_attn.{projection}.weight", 0, offset + start, offset + stop, start - first
+                )
+            row += count

@@ -1,0 +1,196 @@
+"""AdamW for megatron-core without Transformer Engine or apex.
+
+megatron-core's own path over `torch.optim.AdamW` cannot resume a distributed checkpoint (it asserts on a fresh
+state and loses `step`) and clips with one host synchronisation per tensor. This one keeps the step in the
+parameter group, as the fused optimizers do that megatron-core is written for, and runs torch's fused kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from silva.engine.config import Parallel, Training
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) on `torch._fused_adamw_`; moments in float32.
+
+    Args as apex's and Transformer Engine's class of that name, whose place it takes.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": True,
+        }
+        super().__init__(params, defaults)
+        self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("FusedAdam.step takes no closure")
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for p in parameters:
+                state = self.state[p]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            step = torch.tensor(float(group["step"]), device=parameters[0].device)
+            self._update(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [step] * len(parameters),
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def _l2_norm(chunk: int, flag: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(lists[0]))).reshape(1), None
+
+
+def _scale(chunk: int, flag: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    source, target = lists
+    if any(a is not b for a, b in zip(source, target, strict=True)):
+        torch._foreach_copy_(target, source)
+    if factor != 1.0:
+        torch._foreach_mul_(target, factor)
+
+
+def register() -> bool:
+    """Put these where megatron-core looks for the fused ones. Returns False if it found real ones itself."""
+    import megatron.core.optimizer as factory
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    if factory.Adam is FusedAdam:
+        return True
+    if not factory.USING_PYTORCH_OPTIMIZER:
+        return False
+    replaced: Any = factory
+    replaced.Adam, replaced.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+    distributed: Any = distrib_optimizer
+    distributed.Adam, distributed.HAVE_APEX_OR_TE, distributed.USING_APEX_OPTIMIZER = FusedAdam, True, True
+    clipping: Any = clip_grads
+    clipping.l2_norm_impl, clipping.multi_tensor_scale_impl = _l2_norm, _scale
+    mixed: Any = optimizer
+    mixed.multi_tensor_scale_impl = _scale
+    return True
+
+
+def wrap(chunks: Sequence[nn.Module], parallel: Parallel) -> list[nn.Module]:
+    """Data parallelism around a model whose weights are in place: gradients are summed, never averaged.
+
+    bfloat16 models get float32 gradients and convert their inputs and outputs themselves.
+    """
+    config: Any = chunks[0].config
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.bf16,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=place > 0)
+        for place, chunk in enumerate(chunks)
+    ]
+
+
+def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -> Any:
+    """megatron-core's optimizer over wrapped chunks, and the hooks its schedules call.
+
+    Losses arrive divided by the global count, so `finalize_model_grads` gets no token count to divide by.
+    """
+    register()
+    config: Any = chunks[0].config
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.beta1,
+            adam_beta2=training.beta2,
+            adam_eps=training.epsilon,
+            clip_grad=training.clip,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+        ),
+        list(chunks),
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = _sum_gradients
+    if parallel.overlap:
+        every: list[Any] = list(chunks)
+        interleaved = len(every) > 1
+        config.no_sync_func = [c.no_sync for c in every] if interleaved else every[0].no_sync
+        if interleaved:
+            config.grad_sync_func = [c.start_grad_sync for c in every]
+            if parallel.distributed_optimizer:
+                config.param_sync_func = [c.start_param_sync for c in every]
+    return optimizer
+
+
+def _sum_gradients(chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    finalize_model_grads(chunks, None, **options)
+
+
+def learning_rate(
+    step: int, steps: int, *, peak: float, minimum: float, warmup: float, schedule: str
+) -> float:
+    """The learning rate of step 0, 1, ..., steps - 1: linear warm-up, then cosine, linear or constant.
+
+    A pure function of the step, so that a resumed run needs no scheduler state. Warm-up takes
+    `ceil(warmup * steps)` steps and its first step is not zero; the last step of the decay is just above
+    `minimum` (both as transformers' `get_cosine_schedule_with_warmup`, shifted by one step, which spends its
+    first step on a rate of zero).
+    """
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = (step - rising) / max(1, steps - rising)
+    decay = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[schedule]
+    return minimum + (peak - minimum) * decay

@@ -1,0 +1,127 @@
+"""Random Hugging Face checkpoints, packed rows over them, and forward passes of the model on any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from silva.engine.parallel import groups
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from silva.engine.config import Parallel
+from silva.engine.data import packing, tree
+from silva.engine.data.chat import TokenSequence
+from silva.engine.model import gpt, hf
+
+VOCABULARY = 251  # odd: every tensor-parallel layout pads it
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-wide-heads": {"head_dim": 24, "num_key_value_heads": 8},
+    "mistral": {"sliding_window": 5},
+    "mistral-no-window": {"sliding_window": None, "num_key_value_heads": 1},
+}
+
+
+def model(kind: str, *, head: str = "CausalLM") -> Any:
+    """A random transformers model of one of `KINDS`, deterministic, with weights large enough to matter."""
+    import transformers
+
+    name = "Mistral" if kind.startswith("mistral") else "Llama"
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    if head != "CausalLM":
+        settings |= {"num_labels": 1, "pad_token_id": 0}
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{name}Config")(**settings | KINDS[kind])
+    made = getattr(transformers, f"{name}For{head}")(config).eval()
+    with torch.no_grad():  # norms start as ones, which would hide a missing or swapped norm
+        for parameter_name, parameter in made.named_parameters():
+            if "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+    return made
+
+
+def checkpoint(folder: Path, kind: str, *, head: str = "CausalLM") -> Path:
+    """The model of `model`, saved in several files."""
+    model(kind, head=head).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def sequences(count: int, seed: int) -> list[TokenSequence]:
+    """Random sequences of one group: each continues a prefix of an earlier one."""
+    random = np.random.default_rng(seed)
+    found: list[TokenSequence] = []
+    for _ in range(count):
+        new = random.integers(0, VOCABULARY, random.integers(2, 9))
+        old = found[random.integers(len(found))].tokens if found else new[:0]
+        tokens = np.concatenate([old[: random.integers(0, len(old) + 1)], new]).astype(np.int32)
+        scored = random.random(len(tokens)) < 0.6
+        scored[0] = False
+        found.append(TokenSequence(tokens, scored))
+    return found
+
+
+def row(members: Sequence[Sequence[TokenSequence]], *, multiple: int = 4) -> packing.TreeBatch:
+    """One packed row with one tree for each group of sequences."""
+    pieces = [
+        packing.Piece(tree.merge(m), np.arange(len(m)), np.zeros((0, 2), np.int32), np.zeros(0, bool))
+        for m in members
+    ]
+    return packing.pack_row(pieces, multiple=multiple, pad_id=0)
+
+
+def build(
+    folder: Path,
+    parallel: Parallel,
+    *,
+    head: gpt.Head = "lm",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[list[nn.Module], hf.ModelShape]:
+    """Groups, model and weights, in a process of a world."""
+    groups.initialize(parallel, seed=seed)
+    shape = hf.read_shape(folder)
+    chunks = gpt.build(shape, parallel, head=head, dtype=dtype, seed=seed)
+    hf.load(chunks, folder, shape)
+    return chunks, shape
+
+
+@torch.no_grad()
+def outputs(
+    chunks: Sequence[nn.Module],
+    inputs: Sequence[Any],
+    run: Callable[[nn.Module, Any], Tensor] = gpt.forward,
+) -> list[np.ndarray]:
+    """`run(chunk, input)` through megatron-core's schedule; empty before the last stage."""
+
+    def step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
+        return run(chunk, next(iterator)), lambda output, non_loss_data=True: output
+
+    iterators = [iter(inputs) for _ in chunks]
+    found = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(inputs),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return [output.numpy() for output in found]
