@@ -1,0 +1,28 @@
+"""What the command-line programs share: how a user's mistake ends, and who speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from silva.engine.errors import UserError
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the run, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(work: Callable[[], None]) -> int:
+    """Do the work; the exit code is 0, or 2 after one line on stderr for bad input.
+
+    Other processes of a run prefix theirs with the rank: a file can be missing on one node only.
+    """
+    try:
+        work()
+    except UserError as error:
+        who = "silva" if is_first_process() else f"silva (rank {os.environ['RANK']})"
+        print(f"{who}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

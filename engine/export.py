@@ -1,0 +1,38 @@
+"""`python -m silva.engine.export RECIPE [key.path=value ...]`: the newest checkpoint of a run as a Hugging Face one.
+
+For a run that was interrupted, or to export in another number type or format; on any layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from silva.engine.cli import is_first_process, run
+from silva.engine.config import load
+from silva.engine.trainer import export_checkpoint  # first: it prepares megatron-core for the CPU
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line that says what is wrong with the input."""
+    parser = argparse.ArgumentParser(
+        prog="silva.engine.export",
+        description="Write the newest checkpoint of a run as a Hugging Face folder.",
+    )
+    parser.add_argument("recipe", help="the recipe of the run")
+    parser.add_argument(
+        "override", nargs="*", help="key.path=value, e.g. export.path=folder export.dtype=bfloat16"
+    )
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        folder = export_checkpoint(load(options.recipe, options.override))
+        if is_first_process():
+            print(f"export={folder}")
+
+    return run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

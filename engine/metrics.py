@@ -1,0 +1,135 @@
+"""What a run reports: one vector of sums per step, a progress bar, JSONL and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from silva.engine.objectives import Preference
+
+SUMS = ("loss", "chosen_reward", "rejected_reward", "margin", "correct", "chosen", "rejected", "pairs")
+
+
+def preference_sums(result: Preference, comparisons: Tensor) -> Tensor:
+    """(8,) float64 sums of one row in the order of `SUMS`, on the device: nothing is read back here.
+
+    Sides that are absent count nowhere; margin and accuracy are over comparisons with both sides.
+    """
+    has_chosen, has_rejected = (comparisons[:, side] >= 0 for side in (0, 1))
+    both = has_chosen & has_rejected
+    chosen, rejected = result.chosen_reward.detach().double(), result.rejected_reward.detach().double()
+    zero = torch.zeros_like(chosen)
+    return torch.stack(
+        [
+            result.loss.detach().double().sum(),
+            torch.where(has_chosen, chosen, zero).sum(),
+            torch.where(has_rejected, rejected, zero).sum(),
+            torch.where(both, chosen - rejected, zero).sum(),
+            (both & (chosen > rejected)).double().sum(),
+            has_chosen.double().sum(),
+            has_rejected.double().sum(),
+            both.double().sum(),
+        ]
+    )
+
+
+def likelihood_sums(loss: Tensor) -> Tensor:
+    """The same vector for an objective without comparisons."""
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=loss.device)
+    sums[0] = loss.detach().double().sum()
+    return sums
+
+
+def summarize(sums: Tensor, count: int) -> dict[str, float]:
+    """Means from the global sums: the one read-back of a step.
+
+    Args:
+        sums: (8,) summed over rows and ranks.
+        count: what the loss is divided by (tokens, comparisons or sides of the global batch).
+    """
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    means = {"loss": total["loss"] / count}
+    if total["chosen"]:
+        means["reward_chosen"] = total["chosen_reward"] / total["chosen"]
+    if total["rejected"]:
+        means["reward_rejected"] = total["rejected_reward"] / total["rejected"]
+    if total["pairs"]:
+        means["reward_margin"] = total["margin"] / total["pairs"]
+        means["reward_accuracy"] = total["correct"] / total["pairs"]
+    return means
+
+
+class ProgressBar:
+    """A progress bar on the one rank that writes; silent elsewhere."""
+
+    def __init__(self, title: str, total: int, *, visible: bool, start: int = 0) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            disable=not visible,
+        )
+        self._task: TaskID = self._bar.add_task(title, total=total, completed=start, note="")
+
+    def advance(self, note: str = "") -> None:
+        self._bar.update(self._task, advance=1, note=note)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class Journal:
+    """`metrics.jsonl` and TensorBoard events in a run's folder; does nothing on ranks that do not write.
+
+    A resumed run cuts the lines of the steps it does again, so that every step stands in the file once.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool, start_step: int) -> None:
+        self._file = None
+        if not writes:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = []
+        if start_step and path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < start_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """One line `{"step", "kind", ...}`; kind is "train" or "validation"."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()

@@ -1,0 +1,102 @@
+"""Rows through the model: megatron-core's schedules behind two functions.
+
+Without pipeline parallelism a schedule is a loop over micro-batches (one packed row each); with it, the 1F1B
+schedule, interleaved or not. Everything above this file sees rows in, numbers out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from silva.engine.parallel import groups
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from silva.engine.data.packing import TreeBatch
+from silva.engine.metrics import SUMS
+from silva.engine.model import gpt
+from silva.kernels.reference import sequence_sums
+
+RowLoss = Callable[[Tensor, TreeBatch], tuple[Tensor, Tensor]]
+
+
+def run_rows(chunks: Sequence[Any], rows: Sequence[TreeBatch], loss: RowLoss, *, training: bool) -> Tensor:
+    """One pass over this rank's rows; with `training`, gradients are summed into the model's buffers.
+
+    Args:
+        chunks: the model of this rank, one module per virtual pipeline stage.
+        rows: equally many on every data-parallel rank.
+        loss: called on the last stage with (values (N,) per sequence, row); returns the row's loss, already
+            divided by the global count, and its (8,) vector of metric sums.
+
+    Returns:
+        The metric sums over all rows of all ranks, the same on every rank.
+    """
+    found = _schedule(chunks, rows, partial(_training_step, loss=loss), forward_only=not training)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=groups.device())
+    for part in found:
+        sums += part
+    return share_from_last_stage(sums)
+
+
+def share_from_last_stage(sums: Tensor) -> Tensor:
+    """Sum over data-parallel ranks what the last stages hold, and give it to every stage."""
+    if groups.is_last_stage():
+        dist.all_reduce(sums, group=groups.data_group())
+    if groups.pipeline_size() > 1:
+        dist.broadcast(sums, src=groups.last_stage_rank(), group=groups.pipeline_group())
+    return sums
+
+
+@torch.no_grad()
+def sequence_values(chunks: Sequence[Any], rows: Sequence[TreeBatch]) -> list[Tensor]:
+    """Forward only: per row the (N,) log-probs or rewards of its sequences; an empty list before the last stage."""
+    return _schedule(chunks, rows, _collecting_step, forward_only=True, collect_non_loss_data=True)
+
+
+def _schedule(chunks: Sequence[Any], rows: Sequence[TreeBatch], step: Any, **options: Any) -> list[Tensor]:
+    iterators = [iter(rows) for _ in chunks]
+    for chunk in chunks:
+        chunk.train(not options["forward_only"])
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(rows),
+        seq_length=max(len(row.tokens) for row in rows),  # an upper bound: stages exchange the true lengths
+        micro_batch_size=1,
+        **options,
+    )
+
+
+def _training_step(rows: Iterator[TreeBatch], chunk: Any, *, loss: RowLoss) -> tuple[Tensor, Any]:
+    row = next(rows).to(groups.device())
+
+    def last_stage(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, sums = loss(_per_sequence(output, row, chunk), row)
+        # no token count: the loss is already divided by the global count, megatron-core must only sum
+        return value, torch.zeros((), dtype=torch.int, device=value.device), sums
+
+    return gpt.forward(chunk, row), last_stage
+
+
+def _collecting_step(rows: Iterator[TreeBatch], chunk: Any) -> tuple[Tensor, Any]:
+    row = next(rows).to(groups.device())
+
+    def last_stage(output: Tensor, non_loss_data: bool = True) -> Tensor:
+        return _per_sequence(output, row, chunk)
+
+    return gpt.forward(chunk, row), last_stage
+
+
+def _per_sequence(output: Tensor, row: TreeBatch, chunk: Any) -> Tensor:
+    """(N,): the reward head's output as it is, log-probs summed over each sequence's spans."""
+    if get_model_config(chunk).head == "reward":
+        return output
+    return sequence_sums(output, row.span, row.span_pointer, row.span_index)

@@ -1,0 +1,40 @@
+"""`python -m silva.engine.train RECIPE [key.path=value ...]`, or the same under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from silva.engine.cli import is_first_process, run
+from silva.engine.config import load
+from silva.engine.recipe_file import packaged
+from silva.engine.trainer import Summary, train  # first: it prepares megatron-core for the CPU
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line that says what is wrong with the input."""
+    parser = argparse.ArgumentParser(
+        prog="silva.engine.train",
+        description="Train what a recipe says, resuming if it was interrupted, and export the model.",
+    )
+    parser.add_argument("recipe", help=f"a .yaml file, or one of: {', '.join(packaged())}")
+    parser.add_argument("override", nargs="*", help="key.path=value, e.g. training.max_steps=20")
+    options = parser.parse_args(arguments)
+    return run(lambda: report(train(load(options.recipe, options.override))))
+
+
+def report(summary: Summary) -> None:
+    """The closing lines of a run, on the first process: `key=value`."""
+    if not is_first_process():
+        return
+    for name, values in (("before", summary.before), ("after", summary.after), ("last_step", summary.last)):
+        if values:
+            print(" ".join(f"{name}_{key}={value:.6g}" for key, value in values.items()))
+    if summary.unrolled_tokens:
+        print(f"unique_over_unrolled={summary.unique_tokens / summary.unrolled_tokens:.4f}")
+    print(f"steps={summary.steps} export={summary.export}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

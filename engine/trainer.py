@@ -1,0 +1,462 @@
+"""The one loop for every objective.
+
+A step: the global batch of the plan -> this rank's rows -> forward and backward over packed trees -> gradients
+divided by the *global* count -> AdamW. Everything a step does is a function of (recipe, step, state), so a run
+that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from silva.engine.parallel import groups, optimizer
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from silva.engine import checkpoint, reference_policy
+from silva.engine.config import Recipe
+from silva.engine.data.chat import ChatTokenizer
+from silva.engine.data.dataset import DataSet, hold_out, prepare
+from silva.engine.data.loader import BatchPlan, GlobalBatch, share
+from silva.engine.data.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.report import Report
+from silva.engine.errors import UserError
+from silva.engine.metrics import Journal, ProgressBar, likelihood_sums, preference_sums, summarize
+from silva.engine.model import gpt, hf, hf_export
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.passes import run_rows, sequence_values, share_from_last_stage
+
+ROW_MULTIPLE = 16  # rows are padded to a multiple of it, times the tensor-parallel size
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a finished run has to show."""
+
+    steps: int
+    before: dict[str, float]  # validation metrics of the model as it came; empty without validation data
+    after: dict[str, float]
+    unique_tokens: int  # of the steps this process ran
+    unrolled_tokens: int
+    export: Path
+    last: dict[str, float] = field(default_factory=dict)  # training metrics of the last step
+
+
+def train(recipe: Recipe) -> Summary:
+    """Run a recipe from the checkpoint it names to the exported one, resuming where an earlier run stopped.
+
+    Collective: called by every process of the world.
+
+    Raises:
+        UserError: recipe, data, checkpoint or layout are unusable.
+    """
+    groups.initialize(recipe.parallel, seed=recipe.seed)
+    try:
+        return Trainer(recipe).run()
+    finally:
+        groups.shutdown()
+
+
+def export_checkpoint(recipe: Recipe) -> Path:
+    """Export the newest checkpoint of a recipe's run, on the recipe's layout. Collective.
+
+    Raises:
+        UserError: the run has no checkpoint, or recipe and checkpoint do not belong together.
+    """
+    groups.initialize(recipe.parallel, seed=recipe.seed)
+    try:
+        saved = checkpoint.checkpoints(Path(recipe.output) / "checkpoints")
+        if not saved:
+            raise UserError(
+                f"{recipe.output}: no checkpoint to export; has the run started, is `output` the same?"
+            )
+        folder = hf.fetch(recipe.model.path)
+        head = OBJECTIVES[recipe.objective.name].head
+        bare = gpt.build(
+            hf.read_shape(folder), recipe.parallel, head=head, dtype=getattr(torch, recipe.model.dtype)
+        )
+        hf.load(bare, folder, hf.read_shape(folder))
+        chunks = optimizer.wrap(bare, recipe.parallel)
+        state = optimizer.build(chunks, recipe.training, recipe.parallel)
+        same = {"objective": recipe.objective.model_dump(), "model": recipe.model.model_dump()}
+        checkpoint.load(saved[-1], chunks, state, same)
+        return export_model(chunks, recipe, folder, load_tokenizer(recipe, folder))
+    finally:
+        groups.shutdown()
+
+
+def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
+    """The recipe's tokenizer, by default the model's own."""
+    return ChatTokenizer.load(
+        recipe.tokenizer.path or str(model_folder),
+        chat_template=recipe.tokenizer.chat_template,
+        add_bos=recipe.tokenizer.add_bos,
+        append_eos=recipe.tokenizer.append_eos,
+    )
+
+
+def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer: ChatTokenizer) -> Path:
+    """Write the model as Hugging Face checkpoint(s), tokenizer included; the folder. Collective."""
+    folders = hf_export.export(
+        [checkpoint.unwrapped(chunk) for chunk in chunks],
+        hf.read_shape(source),
+        source=source,
+        folder=recipe.export_path,
+        dtype=getattr(torch, recipe.export_dtype),
+        head=OBJECTIVES[recipe.objective.name].head,
+        reward_format=recipe.export.reward_format,
+        max_shard_size=recipe.export.max_shard_size,
+        finish=tokenizer.save,
+    )
+    return folders[0]
+
+
+class Trainer:
+    """Model, data and optimizer of one run on this process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.objective = OBJECTIVES[recipe.objective.name]
+        self.output = Path(recipe.output)
+        self.first = groups.rank() == 0
+        self.say(recipe.describe())
+
+        # everything a user can get wrong is found before the first large file is read
+        self.model_folder = hf.fetch(recipe.model.path)
+        self.shape = hf.read_shape(self.model_folder)
+        gpt.check_layout(self.shape, recipe.parallel)
+        self.tokenizer = load_tokenizer(recipe, self.model_folder)
+        if self.tokenizer.vocab_size > self.shape.vocab:
+            raise UserError(
+                f"{recipe.tokenizer_path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                f"{recipe.model.path} only {self.shape.vocab}; they do not belong together"
+            )
+        self.data, self.validation = self._read_data()
+        self.plan = self._plan(self.data, training=True)
+        self.validation_plan = self._plan(self.validation, training=False) if self.validation else None
+        self.steps = min(len(self.plan), recipe.training.max_steps or len(self.plan))
+
+        dtype = getattr(torch, recipe.model.dtype)
+        bare = gpt.build(self.shape, recipe.parallel, head=self.objective.head, dtype=dtype, seed=recipe.seed)
+        self.reference, self.validation_reference = self._reference(bare, dtype)
+        hf.load(bare, self.model_folder, self.shape)
+        self.chunks = optimizer.wrap(bare, recipe.parallel)
+        self.optimizer = optimizer.build(self.chunks, recipe.training, recipe.parallel)
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self) -> Summary:
+        settings = self.recipe.training
+        start = self._resume()
+        unique = unrolled = 0
+        last: dict[str, float] = {}
+        before = self.validate("validation before") if start == 0 else {}
+        with (
+            ProgressBar(
+                f"{self.objective.name} training", self.steps, visible=self.first, start=start
+            ) as bar,
+            self._journal(start) as journal,
+        ):
+            if before:
+                journal.write(0, "validation", before)
+            for step, batch in self.plan.prefetch(start, self.steps):
+                last = self.train_step(step, batch)
+                unique, unrolled = unique + batch.unique, unrolled + batch.unrolled
+                journal.write(step, "train", last)
+                bar.advance(_note(last))
+                done = step + 1
+                if settings.validate_every and done % settings.validate_every == 0 and done < self.steps:
+                    journal.write(done, "validation", self.validate())
+                if settings.save_every and done % settings.save_every == 0 and done < self.steps:
+                    self.save(done)
+            after = self.validate("validation after")
+            if after:
+                journal.write(self.steps, "validation", after)
+        if start < self.steps:
+            self.save(self.steps)
+        return Summary(self.steps, before, after, unique, unrolled, self.export(), last)
+
+    def train_step(self, step: int, batch: GlobalBatch) -> dict[str, float]:
+        """One optimizer step; returns its metrics (see `metrics.summarize`, plus speed and packing)."""
+        began = time.perf_counter()
+        settings = self.recipe.training
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums, capacity = self.pass_over(batch, self.reference, training=True)
+        rate = optimizer.learning_rate(
+            step,
+            self.steps,
+            peak=settings.learning_rate,
+            minimum=settings.min_learning_rate,
+            warmup=settings.warmup,
+            schedule=settings.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        _, gradient_norm, _ = self.optimizer.step()
+        values = summarize(sums, self._count(batch))  # the step's one read-back: everything before is queued
+        seconds = time.perf_counter() - began
+        return values | {
+            "learning_rate": rate,
+            "gradient_norm": float(gradient_norm),
+            "tokens_per_second": batch.unique / seconds,
+            "unrolled_tokens_per_second": batch.unrolled / seconds,
+            "unique_over_unrolled": batch.unique / batch.unrolled,
+            "row_fill": batch.unique / capacity,
+            "seconds": seconds,
+        }
+
+    def validate(self, title: str = "") -> dict[str, float]:
+        """Metrics over all validation data; with a title, under a progress bar of its own."""
+        if self.validation_plan is None:
+            return {}
+        total: Tensor | None = None
+        count = 0
+        with ProgressBar(title, len(self.validation_plan), visible=self.first and bool(title)) as bar:
+            for _, batch in self.validation_plan.prefetch(0, len(self.validation_plan)):
+                sums, _ = self.pass_over(batch, self.validation_reference, training=False)
+                total = sums if total is None else total + sums
+                # `pass_over` divides the gradient's loss only: sums and counts add up over batches
+                count += self._count(batch)
+                bar.advance()
+        return summarize(total, count) if total is not None else {}
+
+    # ------------------------------------------------------------ one pass
+
+    def pass_over(
+        self, batch: GlobalBatch, reference: NDArray[np.float32] | None, *, training: bool
+    ) -> tuple[Tensor, int]:
+        """Forward (and backward, with `training`) over a global batch.
+
+        Returns:
+            the (8,) metric sums over all ranks, and the tokens of all rows with their padding.
+        """
+        kl = self._divergence(batch, reference) if self.objective.needs_kl else None
+        count = self._count(batch)
+
+        def loss(values: Tensor, row: TreeBatch) -> tuple[Tensor, Tensor]:
+            result = self.objective.preference(
+                values,
+                row.reference_logprob,
+                row.scored,
+                row.comparisons,
+                row.absolute,
+                kl,
+                self.recipe.objective,
+            )
+            per_comparison = self.objective.unit != "token"
+            sums = (
+                preference_sums(result, row.comparisons) if per_comparison else likelihood_sums(result.loss)
+            )
+            return result.loss.sum() / count, sums
+
+        rows = self.rows(batch.rows, reference)
+        with torch.set_grad_enabled(training):
+            sums = run_rows(self.chunks, rows, loss, training=training)
+        multiple = self._row_multiple()
+        capacity = sum(-(-sum(len(p.tree) for p in row) // multiple) * multiple for row in batch.rows)
+        return sums, capacity
+
+    def rows(self, rows: list[list[Piece]], reference: NDArray[np.float32] | None) -> list[TreeBatch]:
+        """This rank's share of the rows of a global batch, packed."""
+        return [
+            pack_row(
+                pieces,
+                multiple=self._row_multiple(),
+                pad_id=self.tokenizer.pad_id,
+                reference_logprob=reference,
+            )
+            for pieces in share(rows, groups.data_rank(), groups.data_size())
+        ]
+
+    def _divergence(self, batch: GlobalBatch, reference: NDArray[np.float32] | None) -> Tensor:
+        """KTO's KL estimate: one number per step, the mean log-ratio of all mismatched pairs of the global batch.
+
+        Its collective lives here and not in the loss, which therefore does not change with layout or packing.
+        """
+        rows = self.rows(batch.mismatched, reference)
+        total = torch.zeros(1, dtype=torch.float64, device=groups.device())
+        for row, values in zip(rows, sequence_values(self.chunks, rows), strict=False):
+            total += (values.double() - row.reference_logprob.to(values.device).double()).sum()
+        return (share_from_last_stage(total)[0] / batch.mismatched_sequences).float()
+
+    def _count(self, batch: GlobalBatch) -> int:
+        """What the global batch's loss is divided by; known without communication."""
+        return {"token": batch.scored, "comparison": batch.comparisons, "side": batch.sides}[
+            self.objective.unit
+        ]
+
+    def _row_multiple(self) -> int:
+        return ROW_MULTIPLE * self.recipe.parallel.tensor
+
+    # ------------------------------------------------------------ set-up
+
+    def _read_data(self) -> tuple[DataSet, DataSet | None]:
+        settings = self.recipe.data
+        unit = "sequence" if self.objective.unit == "token" else "comparison"
+        report = Report()
+        data = prepare(settings.train, self.tokenizer, settings, unit=unit, report=report)
+        held: DataSet | None = None
+        if settings.validation:
+            held = prepare(settings.validation, self.tokenizer, settings, unit=unit, report=report)
+        elif settings.validation_fraction:
+            data, held = hold_out(data, settings.validation_fraction, self.recipe.seed)
+        for name, part in (("training", data), ("held out", held)):
+            if part is not None:
+                compared = f"{part.comparisons:,} comparisons, " if unit == "comparison" else ""
+                self.say(f"{name:<10} {compared}{part.sequences:,} sequences in {len(part):,} trees")
+        for line in report.lines():
+            self.say(f"           {line}")
+        return data, held
+
+    def _plan(self, data: DataSet, *, training: bool) -> BatchPlan:
+        settings = self.recipe
+        return BatchPlan(
+            data,
+            unit="sequence" if self.objective.unit == "token" else "comparison",
+            global_batch=settings.training.global_batch,
+            row_length=settings.data.row_length,
+            epochs=settings.training.epochs if training else 1,
+            shuffle=settings.data.shuffle and training,
+            seed=settings.seed,
+            mismatched=self.objective.needs_kl,
+        )
+
+    def _reference(
+        self, bare: Sequence[torch.nn.Module], dtype: torch.dtype
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        """Log-probs of training and validation data under the reference policy, from the cache or one pass."""
+        if not self.objective.needs_reference:
+            return None, None
+        folder = hf.fetch(self.recipe.reference_path)
+        if hf.read_shape(folder) != self.shape:
+            raise UserError(
+                f"{self.recipe.reference_path}: the reference policy has another shape than {self.recipe.model.path}; "
+                "take a checkpoint of the same model"
+            )
+        weights = [reference_policy.weights_digest(folder) if self.first else ""]
+        dist.broadcast_object_list(weights)
+        loaded = False
+
+        def of(data: DataSet | None, title: str) -> NDArray[np.float32] | None:
+            if data is None:
+                return None
+            plan = self._plan(data, training=False)
+            count = data.sequences + (2 * data.comparisons if plan.mismatched else 0)
+
+            def compute() -> NDArray[np.float32]:
+                nonlocal loaded
+                if not loaded:
+                    hf.load(bare, folder, self.shape)
+                    loaded = True
+                return self._sequence_logprobs(bare, plan, count, title)
+
+            key = reference_policy.cache_key(weights[0], data.fingerprint, dtype, plan.mismatched)
+            values, hit = reference_policy.cached(self.recipe.reference_cache, key, count, compute)
+            self.say(f"reference  {count:,} log-probs {'from the cache' if hit else 'computed'}")
+            return values
+
+        return of(self.data, "reference log-probs"), of(self.validation, "reference, held out")
+
+    def _sequence_logprobs(
+        self, chunks: Sequence[Any], plan: BatchPlan, count: int, title: str
+    ) -> NDArray[np.float32]:
+        """(count,) log-probs of every sequence of a plan, by forward passes alone; the same on every rank."""
+        found = torch.zeros(count, dtype=torch.float64, device=groups.device())
+        with ProgressBar(title, len(plan), visible=self.first) as bar:
+            for _, batch in plan.prefetch(0, len(plan)):
+                mine = [
+                    row
+                    for rows in (batch.rows, batch.mismatched)
+                    if rows
+                    for row in share(rows, groups.data_rank(), groups.data_size())
+                ]
+                values = sequence_values(chunks, [self._pack_plain(row) for row in mine])
+                for pieces, part in zip(mine, values, strict=False):  # no values before the last stage
+                    ids = [torch.from_numpy(piece.sequence_ids) for piece in pieces]
+                    if ids:
+                        # a tree cut by the end of a batch has sequences in both: assigned, not added
+                        found[torch.cat(ids).to(found.device)] = part.double()
+                bar.advance()
+        return self._merge_ranks(found, plan)
+
+    def _merge_ranks(self, found: Tensor, plan: BatchPlan) -> NDArray[np.float32]:
+        """Combine what the data-parallel ranks computed: log-probs are negative, and 0 where nothing was."""
+        if groups.is_last_stage():
+            dist.all_reduce(found, op=dist.ReduceOp.MIN, group=groups.data_group())
+        if groups.pipeline_size() > 1:
+            dist.broadcast(found, src=groups.last_stage_rank(), group=groups.pipeline_group())
+        return found.float().cpu().numpy()
+
+    def _pack_plain(self, pieces: list[Piece]) -> TreeBatch:
+        return pack_row(pieces, multiple=self._row_multiple(), pad_id=self.tokenizer.pad_id)
+
+    # ------------------------------------------------------------ saving
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with for its continuation to be the same run."""
+        recipe = self.recipe
+        return {
+            "objective": recipe.objective.model_dump(),
+            "data": self.data.fingerprint,
+            "global_batch": recipe.training.global_batch,
+            "steps": self.steps,
+            "seed": recipe.seed,
+            "model": recipe.model.model_dump(),
+        }
+
+    def save(self, step: int) -> None:
+        checkpoint.save(
+            self.output / "checkpoints",
+            step,
+            self.chunks,
+            self.optimizer,
+            self.identity,
+            keep=self.recipe.training.keep,
+        )
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint of this run, if there is one; the step to start with."""
+        found = [checkpoint.checkpoints(self.output / "checkpoints")[-1:] if self.first else None]
+        dist.broadcast_object_list(found)
+        if not found[0]:
+            if self.first:
+                self.output.mkdir(parents=True, exist_ok=True)
+                (self.output / "recipe.yaml").write_text(self.recipe.dump())
+            return 0
+        step = checkpoint.load(found[0][0], self.chunks, self.optimizer, self.identity)
+        self.say(f"resuming   at step {step} of {self.steps} from {found[0][0]}")
+        return step
+
+    def export(self) -> Path:
+        """Write the trained model as a Hugging Face checkpoint."""
+        folder = export_model(self.chunks, self.recipe, self.model_folder, self.tokenizer)
+        self.say(f"exported   {folder}")
+        return folder
+
+    def _journal(self, start: int) -> Journal:
+        return Journal(self.output, writes=self.first, start_step=start)
+
+    def say(self, text: str) -> None:
+        """Print on the first process."""
+        if self.first:
+            print(text, flush=True)
+
+
+def _note(values: dict[str, float]) -> str:
+    """The few numbers a progress bar has room for."""
+    parts = [f"loss {values['loss']:.4f}"]
+    if "reward_accuracy" in values:
+        parts.append(f"accuracy {values['reward_accuracy']:.2f}")
+    parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(parts)

@@ -1,0 +1,220 @@
+"""Whole runs: every layout gives the single process's numbers, and a killed run goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from worlds import world
+
+from silva.engine import trainer
+from silva.engine.config import Recipe
+
+TOLERANCE = 1e-5  # float32 sums in another order, over three optimizer steps
+ADAM = {"learning_rate": 1e-3, "epsilon": 1e-5}  # see tiny.recipe
+LAYOUTS = {
+    "tp2": (2, {"tensor": 2}),
+    "tp2 sequence parallel": (2, {"tensor": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "dp2": (2, {}),
+    "dp2 plain optimizer": (2, {"distributed_optimizer": False}),
+    "tp2 x pp2 recomputed": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {name: tiny.write(folder / f"{name}.jsonl", tiny.rows(name, 9)) for name in ("sft", "pair")}
+
+
+def run(recipe: Recipe) -> None:
+    trainer.train(recipe)
+
+
+@pytest.fixture(scope="module")
+def single(model, data, tmp_path_factory) -> dict[str, list[dict]]:
+    """Each objective's history on one process."""
+    found = {}
+    for name in ("sft", "nca", "kto", "bt_dr"):
+        output = tmp_path_factory.mktemp(f"single-{name}")
+        world(1, run, tiny.recipe(name, model, data["sft" if name == "sft" else "pair"], output))
+        found[name] = tiny.history(output)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "objective"),
+    [
+        *(("tp2", name) for name in ("sft", "nca", "kto", "bt_dr")),
+        *(("pp2", name) for name in ("sft", "nca", "kto", "bt_dr")),
+        *(("dp2", name) for name in ("sft", "nca", "kto", "bt_dr")),
+        ("tp2 sequence parallel", "nca"),
+        ("tp2 sequence parallel", "bt_dr"),
+        ("dp2 plain optimizer", "kto"),
+        ("tp2 x pp2 recomputed", "kto"),
+    ],
+)
+def test_layouts_give_the_numbers_of_one_process(layout, objective, model, data, single, tmp_path):
+    size, parallel = LAYOUTS[layout]
+    source = data["sft" if objective == "sft" else "pair"]
+    world(size, run, tiny.recipe(objective, model, source, tmp_path / "run", parallel=parallel))
+    found = tiny.history(tmp_path / "run")
+    assert len(found) == len(single[objective]) == 3
+    for ours, expected in zip(found, single[objective], strict=True):
+        for key in ("loss", "gradient_norm", "reward_chosen", "reward_margin"):
+            if key in expected:
+                assert ours[key] == pytest.approx(expected[key], rel=TOLERANCE, abs=TOLERANCE), key
+
+
+def test_another_packing_changes_nothing(model, data, single, tmp_path):
+    """Short rows: the same trees in more micro-batches, some of them cut apart."""
+    settings = {"row_length": 640, "train": [{"path": str(data["pair"]), "format": "ultrainteract_pair"}]}
+    world(1, run, tiny.recipe("nca", model, data["pair"], tmp_path / "run", data=settings))
+    for ours, expected in zip(tiny.history(tmp_path / "run"), single["nca"], strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+        assert ours["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=TOLERANCE)
+
+
+def until_killed(recipe: Recipe) -> None:
+    """Trains slowly, so that the parent's signal finds it between two steps."""
+    step = trainer.Trainer.train_step
+
+    def slow(self, number, batch):
+        if number >= 3:
+            time.sleep(600)
+        return step(self, number, batch)
+
+    trainer.Trainer.train_step = slow
+    Path(recipe.output).with_suffix(".pid").write_text(str(os.getpid()))
+    trainer.train(recipe)
+
+
+@pytest.mark.parametrize("objective", ["sft", "kto"])
+def test_a_killed_run_goes_on_bit_for_bit(objective, model, data, tmp_path):
+    source = data["sft" if objective == "sft" else "pair"]
+    settings = {
+        "training": {
+            "global_batch": 4,
+            "max_steps": 4,
+            "save_every": 2,
+            "learning_rate": 1e-3,
+            "epsilon": 1e-5,
+        }
+    }
+    whole = tiny.recipe(objective, model, source, tmp_path / "whole", **settings)
+    killed = tiny.recipe(objective, model, source, tmp_path / "killed", **settings)
+    world(1, run, whole)
+    child = os.fork()
+    if child == 0:
+        try:
+            world(1, until_killed, killed)
+        finally:
+            os._exit(0)
+    pid_file = Path(killed.output).with_suffix(".pid")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = _history_so_far(tmp_path / "killed")
+        if len(found) >= 3:
+            break
+        time.sleep(0.1)
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert [line["step"] for line in tiny.history(tmp_path / "killed")] == [0, 1, 2]
+    assert not (tmp_path / "killed" / "export").exists()
+
+    world(1, run, killed)
+    timing = {"seconds", "tokens_per_second", "unrolled_tokens_per_second"}
+    for ours, expected in zip(
+        tiny.history(tmp_path / "killed"), tiny.history(tmp_path / "whole"), strict=True
+    ):
+        assert {k: v for k, v in ours.items() if k not in timing} == {
+            k: v for k, v in expected.items() if k not in timing
+        }
+    ours, expected = (
+        load_file(tmp_path / name / "export" / "model.safetensors") for name in ("killed", "whole")
+    )
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    kept = sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+
+
+def _history_so_far(output: Path) -> list[dict]:
+    whole = (output / "metrics.jsonl").is_file() and (output / "metrics.jsonl").read_text().endswith("\n")
+    return tiny.history(output) if whole else []
+
+
+def test_a_checkpoint_loads_on_another_layout(model, data, tmp_path):
+    """Two steps on TP2 x PP2, the rest on DP2 gives the losses of one process."""
+    settings = {
+        "training": {
+            "global_batch": 4,
+            "max_steps": 4,
+            "save_every": 2,
+            "learning_rate": 1e-3,
+            "epsilon": 1e-5,
+            "keep": 9,
+        }
+    }
+    world(1, run, tiny.recipe("nca", model, data["pair"], tmp_path / "single", **settings))
+    layout = {"parallel": {"tensor": 2, "pipeline": 2}}
+    world(4, run, tiny.recipe("nca", model, data["pair"], tmp_path / "run", **settings, **layout))
+    last = tmp_path / "run" / "checkpoints" / "step-00000004"
+    last.rename(tmp_path / "done")  # as if it had stopped after two steps
+    world(2, run, tiny.recipe("nca", model, data["pair"], tmp_path / "run", **settings))
+    found, expected = tiny.history(tmp_path / "run"), tiny.history(tmp_path / "single")
+    assert [line["step"] for line in found] == [0, 1, 2, 3]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
+
+
+def test_a_checkpoint_of_another_run_is_refused(model, data, tmp_path):
+    world(1, run, tiny.recipe("nca", model, data["pair"], tmp_path / "run"))
+    other = tiny.recipe("nca", model, data["pair"], tmp_path / "run", objective={"name": "nca", "beta": 0.2})
+    with pytest.raises(RuntimeError, match="belongs to another run"):
+        world(1, run, other)
+
+
+def test_a_foreign_index_is_not_unpickled(model, data, tmp_path):
+    recipe = tiny.recipe("bt", model, data["pair"], tmp_path / "run")
+    world(1, run, recipe)
+    index = tmp_path / "run" / "checkpoints" / "step-00000003" / ".metadata"
+    index.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "pwned").encode() + b"'\ntR.")
+    with pytest.raises(RuntimeError, match="does not belong into a checkpoint"):
+        world(1, run, recipe)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_reference_cache_is_used_and_never_stale(model, data, tmp_path):
+    recipe = tiny.recipe(
+        "dpo", model, data["pair"], tmp_path / "a", reference={"cache": str(tmp_path / "cache")}
+    )
+    world(1, run, recipe)
+    (first,) = (tmp_path / "cache").glob("*.safetensors")
+    stamp = first.stat().st_mtime_ns
+    again = recipe.model_copy(update={"output": str(tmp_path / "b")})
+    world(1, run, again)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.name]
+    assert first.stat().st_mtime_ns == stamp
+    assert tiny.history(tmp_path / "a")[0]["loss"] == tiny.history(tmp_path / "b")[0]["loss"]
+    changed = tiny.write(
+        tmp_path / "changed.jsonl", json.loads(json.dumps(tiny.rows("pair", 9)).replace("Step 1", "Step one"))
+    )
+    world(
+        1,
+        run,
+        tiny.recipe("dpo", model, changed, tmp_path / "c", reference={"cache": str(tmp_path / "cache")}),
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,0 +1,179 @@
+"""Property 1: packed trees give the loss and the gradient of the unrolled sequences, float64, to 1e-9."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+from silva.engine.parallel import groups, optimizer
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from worlds import world
+
+from silva.engine.config import Objective, Parallel, Training
+from silva.engine.data.chat import ChatTokenizer, TokenSequence
+from silva.engine.data.formats import Message
+from silva.engine.data.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.tree import merge
+from silva.engine.metrics import likelihood_sums, preference_sums
+from silva.engine.model import gpt, hf
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.passes import run_rows
+
+OBJECTIVE_NAMES = ["sft", "dpo", "ipo", "nca", "kto", "simpo", "bt", "bt_dr"]
+Tree = tuple[list[TokenSequence], list[tuple[int, int]]]
+
+
+def packed(trees: list[Tree]) -> TreeBatch:
+    """The trees as the engine trains on them."""
+    pieces = [
+        Piece(merge(s), np.arange(len(s)), np.array(c, np.int32), np.arange(len(c)) % 2 == 0)
+        for s, c in trees
+    ]
+    return pack_row(pieces, multiple=8, pad_id=0)
+
+
+def unrolled(trees: list[Tree]) -> TreeBatch:
+    """Every sequence a document of its own, nothing shared."""
+    none = np.zeros((0, 2), np.int32), np.zeros(0, bool)
+    pieces = [Piece(merge([one]), np.arange(1), *none) for sequences, _ in trees for one in sequences]
+    row = pack_row(pieces, multiple=8, pad_id=0)
+    starts = np.cumsum([0, *(len(s) for s, _ in trees)])
+    pairs = [
+        (c + start, r + start)
+        for (_, compared), start in zip(trees, starts, strict=False)
+        for c, r in compared
+    ]
+    row.comparisons = torch.tensor(pairs, dtype=torch.int32)
+    row.absolute = torch.tensor([i % 2 == 0 for _, compared in trees for i in range(len(compared))])
+    return row
+
+
+def loss_and_gradient(model: Path, row: TreeBatch, name: str) -> tuple[float, list[torch.Tensor]]:
+    objective, settings = OBJECTIVES[name], Objective(name=name)
+    layout = Parallel(distributed_optimizer=False)
+    shape = hf.read_shape(model)
+    bare = gpt.build(shape, layout, head=objective.head, dtype=torch.float64)
+    hf.load(bare, model, shape)
+    chunks = optimizer.wrap(bare, layout)
+    optimizer.build(chunks, Training(global_batch=1, learning_rate=1.0), layout)
+    count = len(row.comparisons)
+    kl = torch.tensor(0.3)
+
+    def loss(values: torch.Tensor, batch: TreeBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        result = objective.preference(
+            values, batch.reference_logprob, batch.scored, batch.comparisons, batch.absolute, kl, settings
+        )
+        sums = likelihood_sums(result.loss) if name == "sft" else preference_sums(result, batch.comparisons)
+        return result.loss.sum() / count, sums
+
+    chunks[0].zero_grad_buffer()
+    sums = run_rows(chunks, [row], loss, training=True)
+    return float(sums[0]), [p.main_grad.clone() for p in chunks[0].parameters()]
+
+
+def compare(model: Path, trees: list[Tree], names: list[str]) -> list[tuple[str, float, float]]:
+    """(objective, relative difference of the loss, of the gradient), packed against unrolled."""
+    groups.initialize(Parallel())
+    rows = packed(trees), unrolled(trees)
+    generator = torch.Generator().manual_seed(0)
+    for row in rows:
+        generator.manual_seed(0)
+        # a reference near the policy's own scale, so that no objective is saturated
+        row.reference_logprob = -row.scored * 5.0 + torch.randn(len(row.last), generator=generator)
+    found = []
+    for name in names:
+        (a, grad_a), (b, grad_b) = (loss_and_gradient(model, row, name) for row in rows)
+        apart = torch.stack([(x - y).norm() for x, y in zip(grad_a, grad_b, strict=True)]).norm()
+        found.append(
+            (name, abs(a - b) / abs(b), float(apart / torch.stack([g.norm() for g in grad_b]).norm()))
+        )
+    return found
+
+
+def check(model: Path, trees: list[Tree], names: list[str] = OBJECTIVE_NAMES) -> None:
+    assert len(packed(trees).tokens) < len(unrolled(trees).tokens)  # something is shared
+    for name, loss, gradient in world(1, compare, model, trees, names)[0]:
+        assert loss < 1e-9, name
+        assert gradient < 1e-9, name
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_trees(model, seed):
+    """Random branching, shared first tokens of responses, scored history, equal sequences, one-token responses."""
+    random = np.random.default_rng(seed)
+    trees: list[Tree] = []
+    for _ in range(random.integers(2, 5)):
+        sequences: list[TokenSequence] = []
+        for _ in range(random.integers(2, 7)):
+            tokens, scored = random.integers(0, 300, random.integers(2, 40)), np.zeros(0, bool)
+            if sequences:  # branch off an earlier sequence at a random depth
+                stem = sequences[random.integers(len(sequences))].tokens
+                tokens = np.concatenate([stem[: random.integers(1, len(stem) + 1)], tokens[1:]])
+            scored = random.random(len(tokens)) < 0.6
+            scored[0], scored[-1] = False, len(tokens) > 1
+            sequences.append(TokenSequence(tokens.astype(np.int32), scored))
+        sequences.append(sequences[0])
+        pairs = [tuple(random.permutation(len(sequences))[:2].tolist()) for _ in range(4)]
+        trees.append((sequences, pairs))
+    check(model, trees)
+
+
+def tokenizer(model: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(str(model), chat_template=None, add_bos=None, append_eos=True)
+
+
+def conversations(model: Path, texts: list[list[str]], most: int = 600) -> list[TokenSequence]:
+    """Alternating user and assistant texts, tokenized, cut to `most` tokens from the right."""
+    roles = ["user", "assistant"]
+    made = []
+    for text in texts:
+        messages = [Message(roles[i % 2], part) for i, part in enumerate(text)]
+        sequence = tokenizer(model).encode(messages, score="all")
+        made.append(TokenSequence(sequence.tokens[:most], sequence.scored[:most]))
+    return made
+
+
+def lines(file: Path, count: int) -> list[dict]:
+    with gzip.open(file, "rt") as source:
+        return [json.loads(line) for _, line in zip(range(count), source, strict=False)]
+
+
+def test_gsm8k_solutions(model, shared_data):
+    trees: list[Tree] = []
+    for row in lines(shared_data / "gsm8k" / "example_model_solutions.jsonl.gz", 3):
+        texts = [value["solution"] for value in row.values() if isinstance(value, dict)]
+        trees.append((conversations(model, [[row["question"], t] for t in texts]), [(0, 1), (2, 3), (0, 3)]))
+    check(model, trees, ["dpo", "kto", "bt_dr"])
+
+
+def test_mint_trajectories(model, shared_data):
+    trees: list[Tree] = []
+    for row in lines(shared_data / "mint_trees" / "mint_gsm8k_open15.jsonl.gz", 1):
+        texts = []
+        for trajectory in row["trajectories"][:5]:
+            turns = [turn["content"] for turn in trajectory["turns"] if turn["content"].strip()]
+            # the prompt's own examples are long: its end is enough of a shared stem
+            texts.append([row["prompt"][-700:], *turns[: len(turns) - 1 + len(turns) % 2]])
+        trees.append((conversations(model, texts, most=900), [(0, 1), (2, 3), (4, 1)]))
+    check(model, trees, ["sft", "nca", "bt_dr"])
+
+
+def test_game_of_24(model, shared_data):
+    trees: list[Tree] = []
+    for row in lines(shared_data / "tot_game24" / "trees.jsonl.gz", 2):
+        nodes = {node["id"]: node for node in row["nodes"]}
+        leaves = [n for n in nodes.values() if n["parent"] is not None and n.get("correct") is not None][:8]
+        leaves = leaves or [n for n in nodes.values() if n["depth"] == 3][:8]
+        texts = [[row["input"], leaf["text"] or "-"] for leaf in leaves]
+        trees.append((conversations(model, texts), [(0, 1), (2, 3)]))
+    check(model, trees, ["ipo", "nca", "bt"])
