@@ -61,8 +61,8 @@ def _guarded_index() -> Iterator[None]:
     def load(file: BinaryIO) -> Any:
         return _IndexUnpickler(file).load()
 
-    original: Any = filesystem.pickle  # type: ignore[attr-defined]
     patched: Any = filesystem
+    original = patched.pickle
     patched.pickle = SimpleNamespace(load=load, dump=pickle.dump)
     try:
         yield

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from silva.engine.cli import is_first_process, run
 from silva.engine.config import load
 from silva.engine.recipe_file import packaged
-from silva.engine.trainer import Summary, train  # first: it prepares megatron-core for the CPU
+from silva.engine.trainer import Summary, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

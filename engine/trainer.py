@@ -24,7 +24,7 @@ from torch import Tensor
 from silva.engine import checkpoint, reference_policy
 from silva.engine.config import Recipe
 from silva.engine.data.chat import ChatTokenizer
-from silva.engine.data.dataset import DataSet, hold_out, prepare
+from silva.engine.data.dataset import DataSet, Unit, hold_out, prepare
 from silva.engine.data.loader import BatchPlan, GlobalBatch, share
 from silva.engine.data.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.report import Report
@@ -105,6 +105,7 @@ def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
 
 def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer: ChatTokenizer) -> Path:
     """Write the model as Hugging Face checkpoint(s), tokenizer included; the folder. Collective."""
+    optimizer.settle(chunks, recipe.parallel)
     folders = hf_export.export(
         [checkpoint.unwrapped(chunk) for chunk in chunks],
         hf.read_shape(source),
@@ -148,7 +149,7 @@ class Trainer:
         bare = gpt.build(self.shape, recipe.parallel, head=self.objective.head, dtype=dtype, seed=recipe.seed)
         self.reference, self.validation_reference = self._reference(bare, dtype)
         hf.load(bare, self.model_folder, self.shape)
-        self.chunks = optimizer.wrap(bare, recipe.parallel)
+        self.chunks: list[Any] = [*optimizer.wrap(bare, recipe.parallel)]
         self.optimizer = optimizer.build(self.chunks, recipe.training, recipe.parallel)
 
     # ------------------------------------------------------------ the loop
@@ -275,8 +276,13 @@ class Trainer:
                 pad_id=self.tokenizer.pad_id,
                 reference_logprob=reference,
             )
-            for pieces in share(rows, groups.data_rank(), groups.data_size())
+            for pieces in self._mine(rows)
         ]
+
+    def _mine(self, rows: list[list[Piece]]) -> list[list[Piece]]:
+        layout = self.recipe.parallel
+        multiple = layout.pipeline if layout.virtual_pipeline else 1
+        return share(rows, groups.data_rank(), groups.data_size(), multiple=multiple)
 
     def _divergence(self, batch: GlobalBatch, reference: NDArray[np.float32] | None) -> Tensor:
         """KTO's KL estimate: one number per step, the mean log-ratio of all mismatched pairs of the global batch.
@@ -295,6 +301,11 @@ class Trainer:
             self.objective.unit
         ]
 
+    @property
+    def _unit(self) -> Unit:
+        """What a global batch is counted in."""
+        return "sequence" if self.objective.unit == "token" else "comparison"
+
     def _row_multiple(self) -> int:
         return ROW_MULTIPLE * self.recipe.parallel.tensor
 
@@ -302,8 +313,7 @@ class Trainer:
 
     def _read_data(self) -> tuple[DataSet, DataSet | None]:
         settings = self.recipe.data
-        unit = "sequence" if self.objective.unit == "token" else "comparison"
-        report = Report()
+        unit, report = self._unit, Report()
         data = prepare(settings.train, self.tokenizer, settings, unit=unit, report=report)
         held: DataSet | None = None
         if settings.validation:
@@ -322,7 +332,7 @@ class Trainer:
         settings = self.recipe
         return BatchPlan(
             data,
-            unit="sequence" if self.objective.unit == "token" else "comparison",
+            unit=self._unit,
             global_batch=settings.training.global_batch,
             row_length=settings.data.row_length,
             epochs=settings.training.epochs if training else 1,
@@ -374,12 +384,7 @@ class Trainer:
         found = torch.zeros(count, dtype=torch.float64, device=groups.device())
         with ProgressBar(title, len(plan), visible=self.first) as bar:
             for _, batch in plan.prefetch(0, len(plan)):
-                mine = [
-                    row
-                    for rows in (batch.rows, batch.mismatched)
-                    if rows
-                    for row in share(rows, groups.data_rank(), groups.data_size())
-                ]
+                mine = [row for rows in (batch.rows, batch.mismatched) if rows for row in self._mine(rows)]
                 values = sequence_values(chunks, [self._pack_plain(row) for row in mine])
                 for pieces, part in zip(mine, values, strict=False):  # no values before the last stage
                     ids = [torch.from_numpy(piece.sequence_ids) for piece in pieces]
@@ -416,6 +421,8 @@ class Trainer:
         }
 
     def save(self, step: int) -> None:
+        """Write the checkpoint whose next step is `step`."""
+        optimizer.settle(self.chunks, self.recipe.parallel)
         checkpoint.save(
             self.output / "checkpoints",
             step,

@@ -38,14 +38,17 @@ class GlobalBatch:
         return sum(len(piece.sequence_ids) for row in self.mismatched for piece in row)
 
 
-def share(rows: list[list[Piece]], rank: int, size: int) -> list[list[Piece]]:
+def share(rows: list[list[Piece]], rank: int, size: int, *, multiple: int = 1) -> list[list[Piece]]:
     """The rows of one data-parallel rank; every rank gets equally many, empty rows making up the number.
 
     Rows are dealt longest first, forth and back, so that ranks get near-equal token counts.
+
+    Args:
+        multiple: of rows per rank; interleaved pipelines take micro-batches by the number of stages.
     """
     lengths = [sum(len(piece.tree) for piece in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda r: (-lengths[r], r))
-    rounds = max(1, -(-len(rows) // size))
+    rounds = max(1, -(-len(rows) // (size * multiple))) * multiple
     mine: list[list[Piece]] = []
     for turn in range(rounds):
         place = turn * size + (rank if turn % 2 == 0 else size - 1 - rank)

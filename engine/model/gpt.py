@@ -93,15 +93,13 @@ class RMSNorm(nn.Module):
 class TreeAttention(nn.Module):
     """Rotary positions and attention of every token to its ancestors, between the projections of a layer."""
 
-    inverse_frequency: Tensor
-
     def __init__(self, config: SilvaConfig, layer_number: int, **unused: Any) -> None:
         super().__init__()
         self.window = config.window
         size = config.kv_channels
         exponent = torch.arange(0, size, 2, dtype=torch.float32) / size
-        frequency = (1.0 / config.rope_theta**exponent).to(torch.cuda.current_device())
-        self.register_buffer("inverse_frequency", frequency, persistent=False)
+        # not a buffer: converting the module to bfloat16 would convert it too, and positions with it
+        self.inverse_frequency = (1.0 / config.rope_theta**exponent).to(torch.cuda.current_device())
 
     def forward(
         self,

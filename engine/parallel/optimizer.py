@@ -170,6 +170,16 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
     return optimizer
 
 
+def settle(chunks: Sequence[Any], parallel: Parallel) -> None:
+    """Finish gathering updated parameters, which `parallel.overlap` puts off until the next forward pass.
+
+    Needed before the weights are read by anything but a forward pass.
+    """
+    if parallel.overlap and parallel.distributed_optimizer:
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+
+
 def _sum_gradients(chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
     finalize_model_grads(chunks, None, **options)
 

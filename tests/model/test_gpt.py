@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from silva.engine.parallel import groups
+from silva.engine.parallel import groups, optimizer
 
 import numpy as np
 import pytest
@@ -21,7 +21,8 @@ TOLERANCE = 1e-5
 
 
 def our_logits(folder: Path, tokens: list[torch.Tensor], dtype: torch.dtype) -> list[np.ndarray]:
-    chunks, _ = random_models.build(folder, Parallel(), dtype=dtype)
+    bare, _ = random_models.build(folder, Parallel(), dtype=dtype)
+    chunks = optimizer.wrap(bare, Parallel())  # as in training; bfloat16 models are wrapped once more
     return random_models.outputs(chunks, tokens, lambda chunk, row: gpt.logits(chunk, row).float())
 
 
@@ -37,15 +38,31 @@ def test_logits_equal_transformers(kind, tmp_path):
 
 
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path):
+    from transformers import LlamaForCausalLM
+
     folder = random_models.checkpoint(tmp_path, "llama")
-    tokens = torch.randint(0, random_models.VOCABULARY, (23,), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(0, random_models.VOCABULARY, (300,), generator=torch.Generator().manual_seed(5))
     [[found]] = world(1, our_logits, folder, [tokens], torch.bfloat16)
     with torch.no_grad():
         truth = random_models.model("llama")(tokens[None]).logits[0]
-        peer = random_models.model("llama").bfloat16()(tokens[None]).logits[0].float()
+        # not .bfloat16(), which would round transformers' rotary frequencies
+        peer = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(tokens[None]).logits[0].float()
     error, peer_error = (torch.from_numpy(found) - truth).norm(), (peer - truth).norm()
     # the same roundings in another order: neither is the better one
     assert error < 1.5 * peer_error
+
+
+def test_rotary_frequencies_stay_exact_in_bfloat16(tmp_path):
+    folder = random_models.checkpoint(tmp_path, "llama")
+
+    def frequencies() -> np.ndarray:
+        bare, _ = random_models.build(folder, Parallel(), dtype=torch.bfloat16)
+        optimizer.wrap(bare, Parallel())  # converts every parameter and buffer
+        return bare[0].decoder.layers[0].self_attention.core_attention.inverse_frequency.numpy()
+
+    [found] = world(1, frequencies)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, 1e6 ** -(np.arange(4) / 4), rtol=1e-6)
 
 
 def test_logits_of_a_trained_model_equal_transformers(shared_data):

@@ -71,7 +71,7 @@ def recipe(name: str, folder: Path, rows: Path, output: Path, /, **sections: dic
             "learning_rate": 1e-3,
             "max_steps": 3,
             "warmup": 0.0,
-            "epsilon": 1e-5,
+            "epsilon": 1e-4,
         },
     }
     for key, section in sections.items():
