@@ -13,14 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from silva.engine.trainer import Summary, train  # first: it prepares megatron-core for the CPU
-
 from rich.console import Console
 from rich.table import Table
 
 from silva.engine.cli import run
 from silva.engine.config import load
 from silva.engine.errors import UserError
+from silva.engine.trainer import Summary, train
 from silva.recipes.mini.make_model import make
 
 DATA = Path(__file__).resolve().parent
