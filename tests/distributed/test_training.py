@@ -18,6 +18,8 @@ from silva.engine import trainer
 from silva.engine.config import Recipe
 
 TOLERANCE = 1e-5  # float32 sums in another order, over three optimizer steps
+# a sequence's log-prob is near -500, where float32's last digit is 3e-5: NCA's and KTO's coefficients carry that
+GRADIENT_TOLERANCE = 3e-5
 ADAM = {"learning_rate": 1e-3, "epsilon": 1e-4}  # see tiny.recipe
 LAYOUTS = {
     "tp2": (2, {"tensor": 2}),
@@ -84,9 +86,10 @@ def test_layouts_give_the_numbers_of_one_process(layout, objective, model, data,
     found, alone = tiny.history(tmp_path / "run"), tiny.history(single[objective])
     assert len(found) == len(alone) == 3
     for ours, expected in zip(found, alone, strict=True):
-        for key in ("loss", "gradient_norm", "reward_chosen", "reward_margin"):
+        for key in ("loss", "reward_chosen", "reward_margin"):
             if key in expected:
                 assert ours[key] == pytest.approx(expected[key], rel=TOLERANCE, abs=TOLERANCE), key
+        assert ours["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=GRADIENT_TOLERANCE)
     ours, theirs = weights(tmp_path / "run"), weights(single[objective])
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -100,7 +103,7 @@ def test_another_packing_changes_nothing(model, data, single, tmp_path):
     world(1, run, tiny.recipe("nca", model, data["pair"], tmp_path / "run", data=settings))
     for ours, expected in zip(tiny.history(tmp_path / "run"), tiny.history(single["nca"]), strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
-        assert ours["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=TOLERANCE)
+        assert ours["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=GRADIENT_TOLERANCE)
 
 
 def until_killed(recipe: Recipe) -> None:
