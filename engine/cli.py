@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from silva.engine.errors import UserError
+
+# megatron-core talking to its own developers: old names of its options and of torch's, and a look at a `.grad`
+# that it knows may be absent. A user can do nothing about them.
+HARMLESS = (
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
 
 
 def is_first_process() -> bool:
@@ -19,6 +28,8 @@ def run(work: Callable[[], None]) -> int:
 
     Other processes of a run prefix theirs with the rank: a file can be missing on one node only.
     """
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message)
     try:
         work()
     except UserError as error:

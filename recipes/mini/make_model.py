@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from silva.engine.errors import UserError
 
@@ -123,6 +124,7 @@ def _save_model(tokenizer: Tokenizer, out: Path, seed: int) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=bos, eos_token_id=eos, pad_token_id=pad, max_new_tokens=160, do_sample=False
     )
+    disable_progress_bar()  # one file of 4 MB; the bars of the training that follows are the ones to watch
     model.save_pretrained(out)
 
 
