@@ -209,6 +209,21 @@ def test_a_checkpoint_loads_on_another_layout(model, data, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
 
 
+def export(recipe: Recipe) -> None:
+    trainer.export_checkpoint(recipe)
+
+
+def test_the_newest_checkpoint_exports_on_any_layout(model, data, single, tmp_path):
+    recipe = tiny.recipe("bt_dr", model, data["pair"], single["bt_dr"])
+    layout = {"export": {"path": str(tmp_path / "export")}, "parallel": {"tensor": 2}}
+    world(2, export, tiny.recipe("bt_dr", model, data["pair"], single["bt_dr"], **layout))
+    ours, theirs = weights(tmp_path), weights(Path(recipe.output))
+    assert "score.weight" in theirs
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    eurus = load_file(tmp_path / "export-eurus" / "model.safetensors")
+    assert torch.equal(eurus["regression_head.weight"], theirs["score.weight"])
+
+
 def test_a_checkpoint_of_another_run_is_refused(model, data, tmp_path):
     world(1, run, tiny.recipe("nca", model, data["pair"], tmp_path / "run"))
     other = tiny.recipe("nca", model, data["pair"], tmp_path / "run", objective={"name": "nca", "beta": 0.2})
