@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
+import queue
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,24 +70,15 @@ def _guarded_index() -> Iterator[None]:
         patched.pickle = original
 
 
-class _ForkQueue:
-    """The writers' result queue. megatron-core's own is a spawned manager process per rank that imports the
-    whole program again: 12 s for a save of 1 s."""
-
-    def __init__(self) -> None:
-        self._queue = multiprocessing.get_context("fork").SimpleQueue()
-
-    def put(self, item: Any) -> None:
-        self._queue.put(item)
-
-    def get_nowait(self) -> Any:
-        return self._queue.get()
-
-
 def _writers_queue() -> Any:
+    """The writers' result queue. A synchronous save puts and gets in one process, so a plain queue serves.
+
+    megatron-core's own is a spawned manager process per rank that imports the whole program again (12 s for a
+    save of 1 s); a pipe would block for ever once a rank's results exceed its 64 KiB.
+    """
     shared: Any = filesystem_async
     if shared._results_queue is None:
-        shared._results_queue = _ForkQueue()
+        shared._results_queue = queue.Queue()
     return shared._results_queue
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from silva.engine.cli import is_first_process, run
 from silva.engine.config import load
-from silva.engine.trainer import export_checkpoint
+from silva.engine.publish import export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

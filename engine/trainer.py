@@ -7,6 +7,8 @@ that was killed goes on as if it had not been.
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +23,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silva.engine import checkpoint, reference_policy
+from silva.engine import checkpoint, publish, reference_policy
 from silva.engine.config import Recipe
-from silva.engine.data.chat import ChatTokenizer
 from silva.engine.data.dataset import DataSet, Unit, hold_out, prepare
 from silva.engine.data.loader import BatchPlan, GlobalBatch, share
 from silva.engine.data.packing import Piece, TreeBatch, pack_row
@@ -65,61 +66,6 @@ def train(recipe: Recipe) -> Summary:
         groups.shutdown()
 
 
-def export_checkpoint(recipe: Recipe) -> Path:
-    """Export the newest checkpoint of a recipe's run, on the recipe's layout. Collective.
-
-    Raises:
-        UserError: the run has no checkpoint, or recipe and checkpoint do not belong together.
-    """
-    groups.initialize(recipe.parallel, seed=recipe.seed)
-    try:
-        saved = checkpoint.checkpoints(Path(recipe.output) / "checkpoints")
-        if not saved:
-            raise UserError(
-                f"{recipe.output}: no checkpoint to export; has the run started, is `output` the same?"
-            )
-        folder = hf.fetch(recipe.model.path)
-        head = OBJECTIVES[recipe.objective.name].head
-        bare = gpt.build(
-            hf.read_shape(folder), recipe.parallel, head=head, dtype=getattr(torch, recipe.model.dtype)
-        )
-        hf.load(bare, folder, hf.read_shape(folder))
-        chunks = optimizer.wrap(bare, recipe.parallel)
-        state = optimizer.build(chunks, recipe.training, recipe.parallel)
-        same = {"objective": recipe.objective.model_dump(), "model": recipe.model.model_dump()}
-        checkpoint.load(saved[-1], chunks, state, same)
-        return export_model(chunks, recipe, folder, load_tokenizer(recipe, folder))
-    finally:
-        groups.shutdown()
-
-
-def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
-    """The recipe's tokenizer, by default the model's own."""
-    return ChatTokenizer.load(
-        recipe.tokenizer.path or str(model_folder),
-        chat_template=recipe.tokenizer.chat_template,
-        add_bos=recipe.tokenizer.add_bos,
-        append_eos=recipe.tokenizer.append_eos,
-    )
-
-
-def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer: ChatTokenizer) -> Path:
-    """Write the model as Hugging Face checkpoint(s), tokenizer included; the folder. Collective."""
-    optimizer.settle(chunks, recipe.parallel)
-    folders = hf_export.export(
-        [checkpoint.unwrapped(chunk) for chunk in chunks],
-        hf.read_shape(source),
-        source=source,
-        folder=recipe.export_path,
-        dtype=getattr(torch, recipe.export_dtype),
-        head=OBJECTIVES[recipe.objective.name].head,
-        reward_format=recipe.export.reward_format,
-        max_shard_size=recipe.export.max_shard_size,
-        finish=tokenizer.save,
-    )
-    return folders[0]
-
-
 class Trainer:
     """Model, data and optimizer of one run on this process."""
 
@@ -129,12 +75,13 @@ class Trainer:
         self.output = Path(recipe.output)
         self.first = groups.rank() == 0
         self.say(recipe.describe())
+        self._check_outputs()
 
         # everything a user can get wrong is found before the first large file is read
         self.model_folder = hf.fetch(recipe.model.path)
         self.shape = hf.read_shape(self.model_folder)
         gpt.check_layout(self.shape, recipe.parallel)
-        self.tokenizer = load_tokenizer(recipe, self.model_folder)
+        self.tokenizer = publish.load_tokenizer(recipe, self.model_folder)
         if self.tokenizer.vocab_size > self.shape.vocab:
             raise UserError(
                 f"{recipe.tokenizer_path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
@@ -205,6 +152,11 @@ class Trainer:
             group["lr"] = rate
         _, gradient_norm, _ = self.optimizer.step()
         values = summarize(sums, self._count(batch))  # the step's one read-back: everything before is queued
+        if not (math.isfinite(values["loss"]) and math.isfinite(gradient_norm)):
+            raise UserError(
+                f"step {step}: the loss is {values['loss']}, the gradient norm {float(gradient_norm)}; look at the "
+                f"weights of {self.recipe.model.path}, or lower training.learning_rate. Nothing of this step was saved"
+            )
         seconds = time.perf_counter() - began
         return values | {
             "learning_rate": rate,
@@ -269,15 +221,15 @@ class Trainer:
 
     def rows(self, rows: list[list[Piece]], reference: NDArray[np.float32] | None) -> list[TreeBatch]:
         """This rank's share of the rows of a global batch, packed."""
-        return [
-            pack_row(
-                pieces,
-                multiple=self._row_multiple(),
-                pad_id=self.tokenizer.pad_id,
-                reference_logprob=reference,
-            )
-            for pieces in self._mine(rows)
-        ]
+        return [self._pack(pieces, reference) for pieces in self._mine(rows)]
+
+    def _pack(self, pieces: list[Piece], reference: NDArray[np.float32] | None = None) -> TreeBatch:
+        return pack_row(
+            pieces,
+            multiple=self._row_multiple(),
+            pad_id=self.tokenizer.pad_id,
+            reference_logprob=reference,
+        )
 
     def _mine(self, rows: list[list[Piece]]) -> list[list[Piece]]:
         layout = self.recipe.parallel
@@ -310,6 +262,25 @@ class Trainer:
         return ROW_MULTIPLE * self.recipe.parallel.tensor
 
     # ------------------------------------------------------------ set-up
+
+    def _check_outputs(self) -> None:
+        """Refuse before training what could not be written after it."""
+        recipe = self.recipe
+        for key, folder in (
+            ("output", self.output),
+            ("reference.cache", recipe.reference_cache),
+            ("export.path", recipe.export_path),
+        ):
+            there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+            if not there.is_dir():
+                raise UserError(f"{key}: {folder} cannot be a folder, {there} is a file; choose another")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise UserError(
+                    f"{key}: {folder} cannot be written, {there} allows no writing; choose another"
+                )
+        hf_export.check_target(
+            recipe.export_path, head=self.objective.head, reward_format=recipe.export.reward_format
+        )
 
     def _read_data(self) -> tuple[DataSet, DataSet | None]:
         settings = self.recipe.data
@@ -385,25 +356,22 @@ class Trainer:
         with ProgressBar(title, len(plan), visible=self.first) as bar:
             for _, batch in plan.prefetch(0, len(plan)):
                 mine = [row for rows in (batch.rows, batch.mismatched) if rows for row in self._mine(rows)]
-                values = sequence_values(chunks, [self._pack_plain(row) for row in mine])
+                values = sequence_values(chunks, [self._pack(row) for row in mine])
                 for pieces, part in zip(mine, values, strict=False):  # no values before the last stage
                     ids = [torch.from_numpy(piece.sequence_ids) for piece in pieces]
                     if ids:
                         # a tree cut by the end of a batch has sequences in both: assigned, not added
                         found[torch.cat(ids).to(found.device)] = part.double()
                 bar.advance()
-        return self._merge_ranks(found, plan)
+        return self._merge_ranks(found)
 
-    def _merge_ranks(self, found: Tensor, plan: BatchPlan) -> NDArray[np.float32]:
+    def _merge_ranks(self, found: Tensor) -> NDArray[np.float32]:
         """Combine what the data-parallel ranks computed: log-probs are negative, and 0 where nothing was."""
         if groups.is_last_stage():
             dist.all_reduce(found, op=dist.ReduceOp.MIN, group=groups.data_group())
         if groups.pipeline_size() > 1:
             dist.broadcast(found, src=groups.last_stage_rank(), group=groups.pipeline_group())
         return found.float().cpu().numpy()
-
-    def _pack_plain(self, pieces: list[Piece]) -> TreeBatch:
-        return pack_row(pieces, multiple=self._row_multiple(), pad_id=self.tokenizer.pad_id)
 
     # ------------------------------------------------------------ saving
 
@@ -447,7 +415,7 @@ class Trainer:
 
     def export(self) -> Path:
         """Write the trained model as a Hugging Face checkpoint."""
-        folder = export_model(self.chunks, self.recipe, self.model_folder, self.tokenizer)
+        folder = publish.export_model(self.chunks, self.recipe, self.model_folder, self.tokenizer)
         self.say(f"exported   {folder}")
         return folder
 

@@ -66,7 +66,8 @@ class ChatTokenizer:
 
     Attributes:
         vocab_size: ids that exist, added tokens included.
-        pad_id: the padding token's id, else the EOS, else 0 (padding is never attended to nor scored).
+        pad_id: the padding token's id, else the unknown token's, else 0. Never the EOS: a reward model's reader looks
+            for the last token that is not padding, which may be one.
         eos_id: None where the tokenizer has none.
         fingerprint: sha256 of tokenizer files, template and flags: equal fingerprints tokenize equally.
     """
@@ -80,7 +81,9 @@ class ChatTokenizer:
         self.append_eos = append_eos
         self.vocab_size: int = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         self.eos_id: int | None = tokenizer.eos_token_id
-        self.pad_id: int = next(i for i in (tokenizer.pad_token_id, self.eos_id, 0) if i is not None)
+        self.pad_id: int = next(
+            i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, 0) if i is not None
+        )
         if append_eos and self.eos_id is None:
             raise UserError(
                 "tokenizer.append_eos is true, but the tokenizer has no EOS token; set it to false"

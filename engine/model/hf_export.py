@@ -76,8 +76,7 @@ def export(
     """
     limit = _bytes(max_shard_size)
     jobs = _jobs(Path(folder), head, reward_format)
-    for target, _ in jobs:
-        _check_replaceable(target)
+    check_target(folder, head=head, reward_format=reward_format)
     dist.barrier()  # every process has looked before the first one writes
     for target, score in jobs:
         partial = target.with_name(target.name + ".partial")
@@ -95,6 +94,23 @@ def export(
             _publish(partial, target)
         dist.barrier()
     return [target for target, _ in jobs]
+
+
+def set_padding(folder: Path, padding: int) -> None:
+    """Name a padding token in a reward model's config that has none: transformers takes no batch without one, and
+    reads the reward at the last token that is not padding.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("pad_token_id") is None:
+        _write_json(folder / "config.json", config | {"pad_token_id": padding})
+
+
+def check_target(
+    folder: str | os.PathLike[str], *, head: Literal["lm", "reward"], reward_format: RewardFormat
+) -> None:
+    """Raises UserError where `export` would refuse to write; to be asked before training, too."""
+    for target, _ in _jobs(Path(folder), head, reward_format):
+        _check_replaceable(target)
 
 
 def _jobs(folder: Path, head: str, reward_format: RewardFormat) -> list[tuple[Path, str | None]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import world
 
-from silva.engine import trainer
+from silva.engine import checkpoint, publish, trainer
 from silva.engine.config import Recipe
 
 TOLERANCE = 1e-5  # float32 sums in another order, over three optimizer steps
@@ -210,7 +210,7 @@ def test_a_checkpoint_loads_on_another_layout(model, data, tmp_path):
 
 
 def export(recipe: Recipe) -> None:
-    trainer.export_checkpoint(recipe)
+    publish.export_checkpoint(recipe)
 
 
 def test_the_newest_checkpoint_exports_on_any_layout(model, data, single, tmp_path):
@@ -239,6 +239,20 @@ def test_a_foreign_index_is_not_unpickled(model, data, tmp_path):
     with pytest.raises(RuntimeError, match="does not belong into a checkpoint"):
         world(1, run, recipe)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_run_that_diverges_stops_and_exports_nothing(model, data, tmp_path):
+    settings = {"training": {"global_batch": 6, "max_steps": 4, "learning_rate": 1e30, "warmup": 0.0}}
+    with pytest.raises(RuntimeError, match=r"lower training\.learning_rate"):
+        world(1, run, tiny.recipe("sft", model, data["sft"], tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_results_of_any_size_pass_from_writer_to_saver():
+    """A pipe of 64 KiB, which a larger model's write results exceed, would block here for ever."""
+    writers = checkpoint._writers_queue()
+    writers.put(b"x" * 2**20)
+    assert len(writers.get_nowait()) == 2**20
 
 
 def test_the_reference_cache_is_used_and_never_stale(model, data, tmp_path):

@@ -1,0 +1,80 @@
+"""A trained model as a Hugging Face checkpoint: weights, config, tokenizer; from a run or from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from silva.engine.parallel import groups, optimizer
+
+import torch
+
+from silva.engine import checkpoint
+from silva.engine.config import Recipe
+from silva.engine.data.chat import ChatTokenizer
+from silva.engine.errors import UserError
+from silva.engine.model import gpt, hf, hf_export
+from silva.engine.objectives import OBJECTIVES
+
+
+def export_checkpoint(recipe: Recipe) -> Path:
+    """Export the newest checkpoint of a recipe's run, on the recipe's layout. Collective.
+
+    Raises:
+        UserError: the run has no checkpoint, or recipe and checkpoint do not belong together.
+    """
+    groups.initialize(recipe.parallel, seed=recipe.seed)
+    try:
+        saved = checkpoint.checkpoints(Path(recipe.output) / "checkpoints")
+        if not saved:
+            raise UserError(
+                f"{recipe.output}: no checkpoint to export; has the run started, is `output` the same?"
+            )
+        folder = hf.fetch(recipe.model.path)
+        head = OBJECTIVES[recipe.objective.name].head
+        bare = gpt.build(
+            hf.read_shape(folder), recipe.parallel, head=head, dtype=getattr(torch, recipe.model.dtype)
+        )
+        hf.load(bare, folder, hf.read_shape(folder))
+        chunks = optimizer.wrap(bare, recipe.parallel)
+        state = optimizer.build(chunks, recipe.training, recipe.parallel)
+        same = {"objective": recipe.objective.model_dump(), "model": recipe.model.model_dump()}
+        checkpoint.load(saved[-1], chunks, state, same)
+        return export_model(chunks, recipe, folder, load_tokenizer(recipe, folder))
+    finally:
+        groups.shutdown()
+
+
+def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
+    """The recipe's tokenizer, by default the model's own."""
+    return ChatTokenizer.load(
+        recipe.tokenizer.path or str(model_folder),
+        chat_template=recipe.tokenizer.chat_template,
+        add_bos=recipe.tokenizer.add_bos,
+        append_eos=recipe.tokenizer.append_eos,
+    )
+
+
+def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer: ChatTokenizer) -> Path:
+    """Write the model as Hugging Face checkpoint(s), tokenizer included; the folder. Collective."""
+    optimizer.settle(chunks, recipe.parallel)
+    head = OBJECTIVES[recipe.objective.name].head
+
+    def finish(folder: Path) -> None:
+        tokenizer.save(folder)
+        if head == "reward":
+            hf_export.set_padding(folder, tokenizer.pad_id)
+
+    folders = hf_export.export(
+        [checkpoint.unwrapped(chunk) for chunk in chunks],
+        hf.read_shape(source),
+        source=source,
+        folder=recipe.export_path,
+        dtype=getattr(torch, recipe.export_dtype),
+        head=head,
+        reward_format=recipe.export.reward_format,
+        max_shard_size=recipe.export.max_shard_size,
+        finish=finish,
+    )
+    return folders[0]
