@@ -29,6 +29,7 @@ class TokenGroup:
     sequences: list[TokenSequence]
     comparisons: NDArray[np.int32]  # (P, 2) (chosen, rejected) indices into `sequences`, -1: absent
     absolute: NDArray[np.bool_]  # (P,)
+    instruction: str = ""  # the first user message: what is held out, is held out by it
     first_sequence: int = 0  # number of `sequences[0]` in the data set
     first_comparison: int = 0
 
@@ -87,21 +88,28 @@ def prepare(
 
 
 def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSet]:
-    """Split whole groups into (train, held out), so that no instruction stands on both sides.
+    """Split groups into (train, held out) by their instruction, so that none stands on both sides.
+
+    An instruction's place depends on itself and the seed alone: SFT and preference stages that keep different rows
+    of one data set hold out the same instructions. The held-out share is therefore about, not exactly, `fraction`.
 
     Raises:
-        UserError: too few groups to leave one on either side.
+        UserError: nothing is left on one side.
     """
-    count = max(1, round(len(data) * fraction))
-    if count >= len(data):
+
+    def place(instruction: str) -> float:
+        digest = hashlib.blake2b(instruction.encode(), digest_size=8, key=str(seed).encode()).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    held = [place(group.instruction) < fraction for group in data.groups]
+    if not any(held) or all(held):
         raise UserError(
-            f"data.validation_fraction: {fraction} of {len(data)} instruction(s) leaves nothing to train on; "
-            "give more data or a smaller fraction"
+            f"data.validation_fraction: {fraction} of {len(data)} instruction(s) leaves nothing "
+            f"{'to train on' if all(held) else 'to hold out'}; give more data or another fraction"
         )
-    held = set(np.random.default_rng([seed, 1]).permutation(len(data))[:count].tolist())
     return (
-        DataSet(g for i, g in enumerate(data.groups) if i not in held),
-        DataSet(g for i, g in enumerate(data.groups) if i in held),
+        DataSet(g for g, out in zip(data.groups, held, strict=True) if not out),
+        DataSet(g for g, out in zip(data.groups, held, strict=True) if out),
     )
 
 
@@ -110,6 +118,7 @@ def _tokenize(
 ) -> TokenGroup | None:
     """The group with every sequence tokenized and cut to length; None if nothing of it is left."""
     limit = settings.max_length or settings.row_length
+    instruction = next(m.content for m in group.conversations[0] if m.role == "user")
     sequences: list[TokenSequence] = []
     place: list[int] = []  # conversation -> index into `sequences`, -1: dropped
     for conversation in group.conversations:
@@ -123,7 +132,7 @@ def _tokenize(
             sequences.append(fitting)
     if unit == "sequence":
         none = np.zeros((0, 2), np.int32), np.zeros(0, bool)
-        return TokenGroup(sequences, *none) if sequences else None
+        return TokenGroup(sequences, *none, instruction) if sequences else None
 
     pairs, absolute = [], []
     for comparison in group.comparisons:
@@ -156,6 +165,7 @@ def _tokenize(
         [sequences[k] for k in used],
         np.array([[renumber[side] for side in pair] for pair in pairs], np.int32),
         np.array(absolute, bool),
+        instruction,
     )
 
 
