@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 
 from silva.engine.objectives import Preference
@@ -20,7 +21,8 @@ SUMS = ("loss", "chosen_reward", "rejected_reward", "margin", "correct", "chosen
 def preference_sums(result: Preference, comparisons: Tensor) -> Tensor:
     """(8,) float64 sums of one row in the order of `SUMS`, on the device: nothing is read back here.
 
-    Sides that are absent count nowhere; margin and accuracy are over comparisons with both sides.
+    Sides that are absent count nowhere; margin and accuracy are over comparisons with both sides. Equal rewards
+    are half right, so that a policy that is still its own reference has the accuracy of chance (TRL: 0).
     """
     has_chosen, has_rejected = (comparisons[:, side] >= 0 for side in (0, 1))
     both = has_chosen & has_rejected
@@ -32,7 +34,9 @@ def preference_sums(result: Preference, comparisons: Tensor) -> Tensor:
             torch.where(has_chosen, chosen, zero).sum(),
             torch.where(has_rejected, rejected, zero).sum(),
             torch.where(both, chosen - rejected, zero).sum(),
-            (both & (chosen > rejected)).double().sum(),
+            torch.where(
+                both, 0.5 * ((chosen > rejected).double() + (chosen >= rejected).double()), zero
+            ).sum(),
             has_chosen.double().sum(),
             has_rejected.double().sum(),
             both.double().sum(),
@@ -66,16 +70,21 @@ def summarize(sums: Tensor, count: int) -> dict[str, float]:
     return means
 
 
+def _fixed(width: int) -> Column:
+    """A column that a narrow terminal does not cut; the bar gives way instead."""
+    return Column(no_wrap=True, min_width=width)
+
+
 class ProgressBar:
     """A progress bar on the one rank that writes; silent elsewhere."""
 
     def __init__(self, title: str, total: int, *, visible: bool, start: int = 0) -> None:
         self._bar = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description:<20}", table_column=_fixed(20)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=24)),
+            MofNCompleteColumn(table_column=_fixed(2 * len(str(total)) + 1)),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=_fixed(5)),
+            TextColumn("{task.fields[note]}", table_column=_fixed(38)),
             console=Console(stderr=True),
             disable=not visible,
         )
