@@ -34,6 +34,7 @@ def run(work: Callable[[], None]) -> int:
         work()
     except UserError as error:
         who = "silva" if is_first_process() else f"silva (rank {os.environ['RANK']})"
-        print(f"{who}: error: {error}", file=sys.stderr)
+        message = " ".join(str(error).splitlines())  # a library's words inside it may hold line breaks
+        print(f"{who}: error: {message}", file=sys.stderr)
         return 2
     return 0

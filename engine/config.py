@@ -41,7 +41,7 @@ OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 Name = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]  # at least one
+Count = Annotated[int, Field(ge=1, lt=2**31)]  # at least one
 Number = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -157,7 +157,7 @@ class Export(Section):
 class Recipe(Section):
     """A whole recipe. The properties give the paths and types whose default is another key."""
 
-    seed: Number = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: Name
     objective: Objective
     model: Model

@@ -82,6 +82,6 @@ def _read(path: Path, count: int) -> NDArray[np.float32] | None:
     try:
         with safe_open(path, "numpy") as file:
             values = file.get_tensor("logprob")
-    except SafetensorError:
+    except (SafetensorError, OSError):
         return None
     return values if values.shape == (count,) else None

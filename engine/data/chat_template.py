@@ -69,7 +69,10 @@ def resolve(chosen: str | None, own: str | dict[str, str] | None, tokenizer: str
         )
     if not file.is_file():
         raise UserError(f"tokenizer.chat_template: there is no file {chosen}")
-    return file.read_text(encoding="utf-8"), f"the chat template {chosen}"
+    try:
+        return file.read_text(encoding="utf-8"), f"the chat template {chosen}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer.chat_template: {chosen} cannot be read ({error})") from None
 
 
 class ChatTemplate:
@@ -99,7 +102,15 @@ class ChatTemplate:
                 add_generation_prompt=header,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        # templates compute: besides Jinja's own, whatever an expression in one can raise
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            LookupError,
+        ) as error:
             raise UserError(
                 f"{self.name} cannot render messages with roles {_roles(messages)}: {error}; choose another "
                 "tokenizer.chat_template or repair the data"

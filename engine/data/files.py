@@ -112,6 +112,11 @@ def _json_row(line: bytes, origin: str) -> Row:
         return Row(origin, None, "the line is not UTF-8")
     except json.JSONDecodeError as error:
         return Row(origin, None, "the line is not JSON", f"{error.msg} at column {error.colno}")
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSON by its grammar, with numbers or nesting beyond reason
+        return Row(origin, None, "the line cannot be read", _one_line(error))
 
 
 def _checked(value: Any, origin: str) -> Row:
@@ -132,7 +137,7 @@ def _json_list(file: Path, name: str) -> Iterator[Row]:
             rows = json.load(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: the gzip file is damaged or cut short ({error}); fetch it again") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; too deep
         raise UserError(f"{file}: not a JSON list ({error}); JSON lines belong in a .jsonl file") from None
     for number, value in enumerate(rows, start=1):
         yield _checked(value, f"{name}:{number}")
@@ -168,7 +173,7 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:  # the last two: its own files lack keys
         raise UserError(f"data source {folder}: datasets cannot load it ({_one_line(error)})") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:

@@ -155,10 +155,10 @@ def _fields(row: Row, source: "Source", form: Format) -> dict[str, Any]:
     """The row with its columns renamed; a field that is null counts as absent (that is how Parquet pads)."""
     if row.fields is None:
         raise BadRow(row.problem, row.detail)
-    fields = {name: value for name, value in row.fields.items() if value is not None}
-    for name, theirs in source.columns.items():
-        if theirs in fields:
-            fields[name] = fields[theirs]
+    own = {name: value for name, value in row.fields.items() if value is not None}
+    # a renamed field is read from nowhere else: a misspelt column must not fall back on a field of the same name
+    fields = {name: value for name, value in own.items() if name not in source.columns}
+    fields |= {name: own[theirs] for name, theirs in source.columns.items() if theirs in own}
     missing = [name for name in form.needs if name not in fields]
     if missing:
         wanted, found = ", ".join(missing), ", ".join(row.fields) or "nothing"

@@ -249,7 +249,7 @@ def _from_transformers(
         _json(folder / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises this very class for a tokenizer.json it cannot use
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"tokenizer {path}: transformers cannot load it ({reason})") from None
     if not getattr(tokenizer, "is_fast", False):

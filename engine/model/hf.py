@@ -90,7 +90,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     config = _read_json(file)
     kind = config.get("model_type")
     named = config.get("architectures") or [None]
-    if kind not in DEFAULTS or named[0] not in (*ARCHITECTURES, None):
+    if kind not in [*DEFAULTS] or named[0] not in (*ARCHITECTURES, None):
         raise UserError(
             f"{file}: model_type {kind!r} with architectures {named} is not supported; it has to be llama or "
             f"mistral with one of {', '.join(ARCHITECTURES)}"
@@ -115,7 +115,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         ffn=_count(file, config, "intermediate_size"),
         vocab=_count(file, config, "vocab_size"),
         rope_theta=_rope_theta(file, config),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=_positive(file, config, "rms_norm_eps", 1e-6),
         tied=bool(config.get("tie_word_embeddings", False)),
         window=_count(file, config, "sliding_window") if windowed else None,
         architecture=kind,
@@ -130,6 +130,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: missing; {file.parent} is not a Hugging Face checkpoint's folder") from None
     except ValueError as error:  # bad JSON or bad UTF-8
         raise UserError(f"{file}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: a JSON object is expected, found {type(found).__name__}")
     return found
@@ -140,6 +142,13 @@ def _count(file: Path, config: dict[str, Any], key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{file}: {key} must be a positive whole number, found {value!r}")
     return value
+
+
+def _positive(file: Path, config: dict[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{file}: {key} must be a positive number, found {value!r}")
+    return float(value)
 
 
 def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
@@ -161,13 +170,15 @@ def _rope_theta(file: Path, config: dict[str, Any]) -> float:
     """transformers 5 writes `rope_parameters`, before it was `rope_theta` and `rope_scaling`."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{file}: {key} must be an object, found {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
             raise UserError(
                 f"{file}: {key} is {rope}; only unscaled positions (rope_type default) are supported"
             )
     rope = config.get("rope_parameters") or {}
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    return _positive(file, config | rope, "rope_theta", 10000.0)
 
 
 class _Checkpoint:
@@ -179,7 +190,7 @@ class _Checkpoint:
         index = folder / "model.safetensors.index.json"
         if index.exists():
             self.names: dict[str, str] = _read_json(index).get("weight_map", {})
-        elif (folder / "model.safetensors").exists():
+        elif (folder / "model.safetensors").is_file():
             self.names = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         elif [*folder.glob("*.bin")]:
             raise UserError(
@@ -198,7 +209,7 @@ class _Checkpoint:
                 raise UserError(
                     f"{path}: missing, though the index names it; download the checkpoint again"
                 ) from None
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: damaged ({error}); download the checkpoint again") from None
         return self._files[name]
 
