@@ -226,7 +226,9 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     raw, origins, file = read(path_or_name, overrides)
 
     def refuse(key: Key, problem: str) -> NoReturn:
-        origin = next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), str(file))
+        around = [origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins]
+        inside = [origin for other, origin in origins.items() if other[: len(key)] == key]
+        origin = [*around, *inside, str(file)][0]
         name = ".".join(map(str, key))
         raise UserError(f"{origin}: {name}: {problem}")
 

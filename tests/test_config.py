@@ -396,3 +396,8 @@ def test_saving_keeps_text_that_looks_like_something_else(recipe):
     )
     saved = recipe(name="saved.yaml", text=loaded.dump())
     assert config.load(saved) == loaded
+
+
+def test_an_unknown_section_of_the_command_line_is_blamed_on_it():
+    with pytest.raises(UserError, match=r"^command line: modle: unknown key; did you mean model\?"):
+        config.load("mini-sft", ["modle.path=x"])
