@@ -15,7 +15,6 @@ from silva.engine.parallel import groups
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from silva.engine.data.packing import TreeBatch
@@ -97,6 +96,6 @@ def _collecting_step(rows: Iterator[TreeBatch], chunk: Any) -> tuple[Tensor, Any
 
 def _per_sequence(output: Tensor, row: TreeBatch, chunk: Any) -> Tensor:
     """(N,): the reward head's output as it is, log-probs summed over each sequence's spans."""
-    if get_model_config(chunk).head == "reward":
+    if gpt.head_of(chunk) == "reward":
         return output
     return sequence_sums(output, row.span, row.span_pointer, row.span_index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 import traceback
@@ -41,6 +42,7 @@ def world(size: int, work: Callable[..., Any], *arguments: Any, timeout: float =
         if failure:
             process.kill()
         process.join()
+    shutil.rmtree(folder)
     if failure:
         raise RuntimeError(failure)
     return [results[rank] for rank in range(size)]
