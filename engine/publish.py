@@ -33,10 +33,10 @@ def export_checkpoint(recipe: Recipe) -> Path:
             )
         folder = hf.fetch(recipe.model.path)
         head = OBJECTIVES[recipe.objective.name].head
+        # the checkpoint fills every parameter: the weights the run started from are not read
         bare = gpt.build(
             hf.read_shape(folder), recipe.parallel, head=head, dtype=getattr(torch, recipe.model.dtype)
         )
-        hf.load(bare, folder, hf.read_shape(folder))
         chunks = optimizer.wrap(bare, recipe.parallel)
         state = optimizer.build(chunks, recipe.training, recipe.parallel)
         same = {"objective": recipe.objective.model_dump(), "model": recipe.model.model_dump()}

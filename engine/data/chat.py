@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from silva.engine.data.chat_template import ChatTemplate, resolve
 from silva.engine.data.messages import Message
-from silva.engine.data.tokenizer_files import LoadedTokenizer, load
+from silva.engine.data.tokenizer_files import NAMES, LoadedTokenizer, load
 from silva.engine.errors import UserError
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"))
@@ -159,10 +159,15 @@ class ChatTokenizer:
 
         A tokenizer that came as files is copied file by file; one built from `tokenizer.model` gets an
         equal `tokenizer.json`. The written template writes the BOS exactly if this tokenizer puts one
-        there.
+        there. Files of another tokenizer that lie in the folder are removed: mixed with these, they would
+        be read as one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        own = {file.resolve() for file in self._loaded.files}
+        for name in NAMES:
+            if (folder / name).resolve() not in own:
+                (folder / name).unlink(missing_ok=True)
         if self._loaded.rebuilt:
             self._loaded.transformers.save_pretrained(folder)
         for file in self._loaded.files:

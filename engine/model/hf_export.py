@@ -21,24 +21,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from silva.engine.data import tokenizer_files
 from silva.engine.errors import UserError
 from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, pieces
 
 RewardFormat = Literal["sequence_classification", "eurus", "both"]
 MARKER = "silva_export.json"  # says that a folder was written here and may be replaced
 # what belongs to a checkpoint beside its weights and config.json
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+COMPANIONS = (*tokenizer_files.NAMES, "generation_config.json")
 
 
 def export(

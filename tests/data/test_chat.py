@@ -499,3 +499,16 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match="someone/absent: no such folder here, and the Hugging Face hub"):
         ChatTokenizer.load("someone/absent", chat_template="eurus")
+
+
+def test_saving_leaves_no_file_of_another_tokenizer(eurus, chatml, tmp_path):
+    """The model's own tokenizer travels with its weights; the recipe's takes its place, whole."""
+    eurus.save(tmp_path)
+    assert (tmp_path / "tokenizer.model").is_file()
+    other = ChatTokenizer.load(str(chatml))
+    other.save(tmp_path)
+    assert not (tmp_path / "tokenizer.model").exists()
+    messages = conversation("what is  2 + 2?", "4")
+    again = ChatTokenizer.load(str(tmp_path)).encode(messages, score="last")
+    assert again.tokens.tolist() == other.encode(messages, score="last").tokens.tolist()
+    assert (chatml / "tokenizer.json").is_file()  # where it was read from is left alone
