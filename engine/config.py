@@ -88,17 +88,42 @@ class Source(Section):
         "ultrainteract_sft",
         "ultrainteract_pair",
         "ultrafeedback",
+        "ultrasafety",
         "hh_rlhf",
         "preference",
         "unpaired",
         "messages",
         "prompt_completion",
         "gsm8k_solutions",
+        "mint",
+        "nodes",
+        "oasst",
     ]
     split: Name = "train"
     limit: Count | None = None  # rows, from the first on
+    # How much of it an epoch takes, drawn by the seed: so many sequences (comparisons), or a multiple of all
+    count: Count | None = None
+    weight: Positive = 1.0
     absolute: bool = False  # the comparisons get bt_dr's absolute-reward term
+    single_turn_pairs: bool = (
+        False  # ultrainteract_pair: also actions of different turns (Eurus' reward model)
+    )
+    single_turn_seed: Number = 0  # of the draw, where an instruction has more of them than are taken
     columns: dict[str, str] = {}  # the format's name of a field: this source's name of it
+
+
+class EvaluationSet(Section):
+    path: Name  # anything a source's path may be
+    split: Name = "test"
+    fields: Annotated[list[Name], Field(min_length=1)]  # together the text of a row, in this order
+
+
+class Decontaminate(Section):
+    """Training instructions that occur in a test set are left out, with everything that answers them."""
+
+    against: Annotated[list[EvaluationSet], Field(min_length=1)]
+    mode: Literal["ngram", "substring"] = "ngram"  # shares an n-gram of words; contains a whole test text
+    ngram: Count = 8  # words; read in mode ngram
 
 
 class Data(Section):
@@ -111,6 +136,11 @@ class Data(Section):
     too_long: Literal["refuse", "drop", "truncate_left", "truncate_right"] = "refuse"
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     shuffle: bool = True
+    decontaminate: Decontaminate | None = None
+    # what one (token, ancestor) pair costs beside one token, to balance ranks by; None: by the model's FLOPs
+    pair_cost: NonNegative | None = None
+    cache: Name | None = None  # where tokenized data is kept; None: <output>/data
+    workers: Count | None = None  # processes that tokenize; None: one per core
 
 
 class Training(Section):
@@ -175,6 +205,10 @@ class Recipe(Section):
     @property
     def reference_path(self) -> str:
         return self.reference.path or self.model.path
+
+    @property
+    def data_cache(self) -> Path:
+        return Path(self.data.cache) if self.data.cache else Path(self.output) / "data"
 
     @property
     def reference_cache(self) -> Path:
@@ -249,6 +283,13 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     yield from _objective_problems(recipe.objective, recipe.data)
     yield from _layout_problems(recipe.parallel, recipe.data)
     data, training = recipe.data, recipe.training
+    for part, sources in (("train", data.train), ("validation", data.validation)):
+        for index, source in enumerate(sources):
+            if source.count is not None and source.weight != 1:
+                yield (
+                    ("data", part, index, "weight"),
+                    f"found {source.weight} beside count; set one of the two",
+                )
     if data.validation and data.validation_fraction:
         yield (
             ("data", "validation_fraction"),

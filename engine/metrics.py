@@ -1,4 +1,4 @@
-"""What a run reports: one vector of sums per step, a progress bar, JSONL and TensorBoard."""
+"""What a run reports: one vector of sums per step, JSONL and TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
 from torch import Tensor
 
 from silva.engine.objectives import Preference
@@ -68,39 +65,6 @@ def summarize(sums: Tensor, count: int) -> dict[str, float]:
         means["reward_margin"] = total["margin"] / total["pairs"]
         means["reward_accuracy"] = total["correct"] / total["pairs"]
     return means
-
-
-def _fixed(width: int) -> Column:
-    """A column that a narrow terminal does not cut; the bar gives way instead."""
-    return Column(no_wrap=True, min_width=width)
-
-
-class ProgressBar:
-    """A progress bar on the one rank that writes; silent elsewhere."""
-
-    def __init__(self, title: str, total: int, *, visible: bool, start: int = 0) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description:<20}", table_column=_fixed(20)),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=24)),
-            MofNCompleteColumn(table_column=_fixed(2 * len(str(total)) + 1)),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=_fixed(5)),
-            TextColumn("{task.fields[note]}", table_column=_fixed(38)),
-            console=Console(stderr=True),
-            disable=not visible,
-        )
-        self._task: TaskID = self._bar.add_task(title, total=total, completed=start, note="")
-
-    def advance(self, note: str = "") -> None:
-        self._bar.update(self._task, advance=1, note=note)
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
 
 class Journal:

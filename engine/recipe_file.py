@@ -113,8 +113,10 @@ def _resolve(raw: dict[str, Any], file: Path) -> None:
         fix(raw.get(name), "path")
     fix(raw.get("tokenizer"), "chat_template")
     data = raw.get("data")
-    for name in ("train", "validation"):
-        sources = data.get(name) if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    decontaminate = data.get("decontaminate")
+    against = decontaminate.get("against") if isinstance(decontaminate, dict) else None
+    for sources in (data.get("train"), data.get("validation"), against):
         for source in sources if isinstance(sources, list) else ():
             fix(source, "path")
 

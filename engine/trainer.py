@@ -24,16 +24,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silva.engine import checkpoint, publish, reference_policy
-from silva.engine.config import Recipe
-from silva.engine.data.dataset import DataSet, Unit, hold_out, prepare
-from silva.engine.data.loader import BatchPlan, GlobalBatch, share
+from silva.engine.config import Recipe, Source
+from silva.engine.data import pipeline
+from silva.engine.data.balance import CostModel, row_cost_model
+from silva.engine.data.dataset import DataSet, hold_out, prepare
+from silva.engine.data.encoding import Unit
+from silva.engine.data.loader import BatchPlan, GlobalBatch
 from silva.engine.data.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.report import Report
 from silva.engine.errors import UserError
-from silva.engine.metrics import Journal, ProgressBar, likelihood_sums, preference_sums, summarize
+from silva.engine.metrics import Journal, likelihood_sums, preference_sums, summarize
 from silva.engine.model import gpt, hf, hf_export
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.passes import run_rows, sequence_values, share_from_last_stage
+from silva.engine.progress import ProgressBar
 
 ROW_MULTIPLE = 16  # rows are padded to a multiple of it, times the tensor-parallel size
 
@@ -139,7 +143,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums, capacity = self.pass_over(batch, self.reference, training=True)
+        sums = self.pass_over(batch, self.reference, training=True)
         rate = optimizer.learning_rate(
             step,
             self.steps,
@@ -164,8 +168,10 @@ class Trainer:
             "tokens_per_second": batch.unique / seconds,
             "unrolled_tokens_per_second": batch.unrolled / seconds,
             "unique_over_unrolled": batch.unique / batch.unrolled,
-            "row_fill": batch.unique / capacity,
+            "row_fill": batch.unique / batch.capacity(self._row_multiple()),
+            "imbalance": batch.imbalance,
             "seconds": seconds,
+            "data_wait": batch.waited,
         }
 
     def validate(self, title: str = "") -> dict[str, float]:
@@ -176,7 +182,7 @@ class Trainer:
         count = 0
         with ProgressBar(title, len(self.validation_plan), visible=self.first and bool(title)) as bar:
             for _, batch in self.validation_plan.prefetch(0, len(self.validation_plan)):
-                sums, _ = self.pass_over(batch, self.validation_reference, training=False)
+                sums = self.pass_over(batch, self.validation_reference, training=False)
                 total = sums if total is None else total + sums
                 # `pass_over` divides the gradient's loss only: sums and counts add up over batches
                 count += self._count(batch)
@@ -187,12 +193,8 @@ class Trainer:
 
     def pass_over(
         self, batch: GlobalBatch, reference: NDArray[np.float32] | None, *, training: bool
-    ) -> tuple[Tensor, int]:
-        """Forward (and backward, with `training`) over a global batch.
-
-        Returns:
-            the (8,) metric sums over all ranks, and the tokens of all rows with their padding.
-        """
+    ) -> Tensor:
+        """Forward (and backward, with `training`) over a global batch; the (8,) metric sums over all ranks."""
         kl = self._divergence(batch, reference) if self.objective.needs_kl else None
         count = self._count(batch)
 
@@ -214,27 +216,19 @@ class Trainer:
 
         rows = self.rows(batch.rows, reference)
         with torch.set_grad_enabled(training):
-            sums = run_rows(self.chunks, rows, loss, training=training)
-        multiple = self._row_multiple()
-        capacity = sum(-(-sum(len(p.tree) for p in row) // multiple) * multiple for row in batch.rows)
-        return sums, capacity
+            return run_rows(self.chunks, rows, loss, training=training)
 
-    def rows(self, rows: list[list[Piece]], reference: NDArray[np.float32] | None) -> list[TreeBatch]:
-        """This rank's share of the rows of a global batch, packed."""
-        return [self._pack(pieces, reference) for pieces in self._mine(rows)]
-
-    def _pack(self, pieces: list[Piece], reference: NDArray[np.float32] | None = None) -> TreeBatch:
-        return pack_row(
-            pieces,
-            multiple=self._row_multiple(),
-            pad_id=self.tokenizer.pad_id,
-            reference_logprob=reference,
-        )
-
-    def _mine(self, rows: list[list[Piece]]) -> list[list[Piece]]:
-        layout = self.recipe.parallel
-        multiple = layout.pipeline if layout.virtual_pipeline else 1
-        return share(rows, groups.data_rank(), groups.data_size(), multiple=multiple)
+    def rows(self, rows: list[list[Piece]], reference: NDArray[np.float32] | None = None) -> list[TreeBatch]:
+        """This rank's rows of a global batch, packed."""
+        return [
+            pack_row(
+                pieces,
+                multiple=self._row_multiple(),
+                pad_id=self.tokenizer.pad_id,
+                reference_logprob=reference,
+            )
+            for pieces in rows
+        ]
 
     def _divergence(self, batch: GlobalBatch, reference: NDArray[np.float32] | None) -> Tensor:
         """KTO's KL estimate: one number per step, the mean log-ratio of all mismatched pairs of the global batch.
@@ -283,33 +277,93 @@ class Trainer:
         )
 
     def _read_data(self) -> tuple[DataSet, DataSet | None]:
-        settings = self.recipe.data
-        unit, report = self._unit, Report()
-        data = prepare(settings.train, self.tokenizer, settings, unit=unit, report=report)
-        held: DataSet | None = None
+        """Training and validation data. One process tokenizes what is not cached, then one on every node to
+        which its files are not visible; the others map the files."""
+        found: tuple[DataSet, DataSet | None] | None = None
+        for my_turn in (self.first, groups.local_rank() == 0, True):
+            if my_turn and found is None:
+                found = self._prepare()
+            groups.wait_for_all()
+        assert found is not None
+        return found
+
+    def _prepare(self) -> tuple[DataSet, DataSet | None]:
+        recipe, settings = self.recipe, self.recipe.data
+        folders: list[Path] = []
+
+        def prepared(sources: Sequence[Source]) -> DataSet:
+            data, used = prepare(
+                sources,
+                self.tokenizer,
+                settings,
+                unit=self._unit,
+                cache=recipe.data_cache,
+                seed=recipe.seed,
+                say=self.say if self.first else None,
+            )
+            folders.extend(used)
+            return data
+
+        data, held = prepared(settings.train), None
         if settings.validation:
-            held = prepare(settings.validation, self.tokenizer, settings, unit=unit, report=report)
+            held = prepared(settings.validation)
         elif settings.validation_fraction:
-            data, held = hold_out(data, settings.validation_fraction, self.recipe.seed)
-        for name, part in (("training", data), ("held out", held)):
-            if part is not None:
-                compared = f"{part.comparisons:,} comparisons, " if unit == "comparison" else ""
-                self.say(f"{name:<10} {compared}{part.sequences:,} sequences in {len(part):,} trees")
-        for line in report.lines():
-            self.say(f"           {line}")
+            data, held = hold_out(data, settings.validation_fraction, recipe.seed)
+        if self.first:
+            self._show_data(data, held, folders)
         return data, held
 
+    def _show_data(self, data: DataSet, held: DataSet | None, folders: Sequence[Path]) -> None:
+        """What an epoch holds, and everything that was left out."""
+        left_out = Report()
+        contaminated: list[str] = []
+        for folder in folders:
+            left_out.merge(pipeline.report(folder))
+            contaminated += pipeline.decontaminated(folder)
+        for name, part in (("training", data), ("held out", held)):
+            if part is not None:
+                compared = f"{part.comparisons:,} comparisons, " if self._unit == "comparison" else ""
+                self.say(f"{name:<10} {compared}{part.sequences:,} sequences in {len(part):,} trees")
+        for line in left_out.lines():
+            self.say(f"           {line}")
+        if contaminated:
+            listing = self.output / "decontaminated.jsonl"
+            self.output.mkdir(parents=True, exist_ok=True)
+            listing.write_text("".join(line + "\n" for line in contaminated), encoding="utf-8")
+            self.say(f"           {len(contaminated)} instructions found in test sets: {listing}")
+
     def _plan(self, data: DataSet, *, training: bool) -> BatchPlan:
-        settings = self.recipe
+        recipe = self.recipe
         return BatchPlan(
             data,
             unit=self._unit,
-            global_batch=settings.training.global_batch,
-            row_length=settings.data.row_length,
-            epochs=settings.training.epochs if training else 1,
-            shuffle=settings.data.shuffle and training,
-            seed=settings.seed,
+            global_batch=recipe.training.global_batch,
+            row_length=recipe.data.row_length,
+            epochs=recipe.training.epochs if training else 1,
+            shuffle=recipe.data.shuffle and training,
+            seed=recipe.seed,
             mismatched=self.objective.needs_kl,
+            rank=groups.data_rank(),
+            ranks=groups.data_size(),
+            # interleaved pipelines take micro-batches by the number of stages
+            multiple=recipe.parallel.pipeline if recipe.parallel.virtual_pipeline else 1,
+            cost=self._cost(),
+        )
+
+    def _cost(self) -> CostModel:
+        """What data-parallel ranks are balanced by."""
+        pair = self.recipe.data.pair_cost
+        if pair is not None:
+            return CostModel(token=1.0, pair=pair)
+        shape = self.shape
+        return row_cost_model(
+            hidden=shape.hidden,
+            layers=shape.layers,
+            ffn=shape.ffn,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            kv_heads=shape.kv_heads,
+            vocab=shape.vocab if self.objective.head == "lm" else 0,
         )
 
     def _reference(
@@ -331,6 +385,7 @@ class Trainer:
         def of(data: DataSet | None, title: str) -> NDArray[np.float32] | None:
             if data is None:
                 return None
+            data = data.with_copies(np.ones(len(data), np.int64))  # once, however often an epoch takes it
             plan = self._plan(data, training=False)
             count = data.sequences + (2 * data.comparisons if plan.mismatched else 0)
 
@@ -355,8 +410,8 @@ class Trainer:
         found = torch.zeros(count, dtype=torch.float64, device=groups.device())
         with ProgressBar(title, len(plan), visible=self.first) as bar:
             for _, batch in plan.prefetch(0, len(plan)):
-                mine = [row for rows in (batch.rows, batch.mismatched) if rows for row in self._mine(rows)]
-                values = sequence_values(chunks, [self._pack(row) for row in mine])
+                mine = [*batch.rows, *batch.mismatched]
+                values = sequence_values(chunks, self.rows(mine))
                 for pieces, part in zip(mine, values, strict=False):  # no values before the last stage
                     ids = [torch.from_numpy(piece.sequence_ids) for piece in pieces]
                     if ids:

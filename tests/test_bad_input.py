@@ -59,7 +59,11 @@ class Home:
             "output": str(self.output),
             "objective": {"name": "dpo"},
             "model": {"path": str(model), "dtype": "float32"},
-            "data": {"train": [{"path": str(self.data), "format": "preference"}], "row_length": 512},
+            "data": {
+                "train": [{"path": str(self.data), "format": "preference"}],
+                "row_length": 512,
+                "cache": str(folder / "cache"),
+            },
             "training": {"global_batch": 4, "learning_rate": 1e-3, "max_steps": 1},
         }
 
@@ -140,6 +144,11 @@ def home(tmp_path, model) -> Home:
         ("data.train.0.path=missing.jsonl", ["missing.jsonl", "no such file", "data.*.path"]),
         ("data.validation=[{path: missing.jsonl, format: preference}]", ["missing.jsonl", "no such file"]),
         ("data.train.0.format=messages", ["rows.jsonl", "messages", "comparisons"]),
+        ("data.train.0.single_turn_pairs=true", ["rows.jsonl", "single_turn_pairs", "ultrainteract_pair"]),
+        (
+            "data.decontaminate={against: [{path: missing.jsonl, fields: [question]}]}",
+            ["missing.jsonl", "no such file"],
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_meant(override, named, home):
@@ -215,6 +224,10 @@ UNPAIRED = {"prompt": "a", "completion": "b", "label": True}
                 UNPAIRED, UNPAIRED | {"completion": "c", "label": False}, form="unpaired", objective="kto"
             ),
             ["kto", "more than one"],
+        ),
+        "a tree in a circle": (
+            with_rows({"nodes": [{"id": 1, "text": "q"}, {"id": 2, "parent": 2, "text": "a"}]}, form="nodes"),
+            ["rows.jsonl:1", "nodes are their own ancestors", "'2'", "on_bad_row"],
         ),
         "pairs for sft": (with_rows(pair(0), objective="sft"), ["rows.jsonl", "preference", "sequence"]),
     }.values(),
@@ -381,7 +394,7 @@ def test_an_export_without_a_run(home):
 
 
 def test_a_damaged_reference_cache_is_computed_again(home):
-    cache = home.folder / "cache"
+    cache = home.folder / "log-probs"
     first = home.run(f"reference.cache={cache}")
     assert first.code == 0, first.error
     (file,) = cache.iterdir()

@@ -87,6 +87,7 @@ def test_words_stay_words(recipe, text, value):
         ("output=3", "found 3; allowed: a valid string"),
         ("training=3", "found 3; allowed: a section of `key: value` lines"),
         ("data.train=[]", "found []; allowed: at least one entry"),
+        ("data.train.0.single_turn_pairs=1", "found 1; allowed: a valid boolean"),
         ("data.train={}", "found {}; allowed: a valid list"),
         ("data.train.1.format=csv", "found 'csv'; allowed: 'ultrainteract_sft', 'ultrainteract_pair'"),
         ("objective.name=ppo", "found 'ppo'; allowed: 'sft', 'dpo', 'ipo'"),
@@ -96,6 +97,28 @@ def test_words_stay_words(recipe, text, value):
 def test_wrong_values(recipe, override, found):
     key = override.partition("=")[0]
     assert refusal(recipe(), override).startswith(f"command line: {key}: {found}")
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("{against: []}", "against: found []; allowed: at least one entry"),
+        ("{against: [{path: x}]}", "against.0.fields: missing, and it has no default"),
+        ("{against: [{path: x, fields: [q]}], mode: words}", "mode: found 'words'; allowed: 'ngram' or"),
+        (
+            "{against: [{path: x, fields: [q], ngrams: 8}]}",
+            "against.0.ngrams: unknown key; allowed here: path",
+        ),
+        (
+            "{against: [{path: x, fields: [q]}], ngram: 0}",
+            "ngram: found 0; allowed: greater than or equal to 1",
+        ),
+    ],
+)
+def test_wrong_test_sets(recipe, value, problem):
+    assert refusal(recipe(), f"data.decontaminate={value}").startswith(
+        f"command line: data.decontaminate.{problem}"
+    )
 
 
 def test_a_wrong_value_in_a_file_names_the_file(recipe):

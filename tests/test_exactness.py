@@ -1,22 +1,32 @@
-"""Property 1: packed trees give the loss and the gradient of the unrolled sequences, float64, to 1e-9."""
+"""Property 1: packed trees give the loss and the gradient of the unrolled sequences, float64, to 1e-9.
+
+However the trees are cut, packed into rows, spread over ranks and put in order.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 from silva.engine.parallel import groups, optimizer
 
 import numpy as np
 import pytest
+import random_models
+import shapes
 import tiny
 import torch
 from worlds import world
 
 from silva.engine.config import Objective, Parallel, Training
+from silva.engine.data.balance import CostModel
 from silva.engine.data.chat import ChatTokenizer, TokenSequence
+from silva.engine.data.dataset import DataSet
 from silva.engine.data.formats import Message
+from silva.engine.data.group import TokenGroup
+from silva.engine.data.loader import BatchPlan
 from silva.engine.data.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.tree import merge
 from silva.engine.metrics import likelihood_sums, preference_sums
@@ -31,7 +41,12 @@ Tree = tuple[list[TokenSequence], list[tuple[int, int]]]
 def packed(trees: list[Tree]) -> TreeBatch:
     """The trees as the engine trains on them."""
     pieces = [
-        Piece(merge(s), np.arange(len(s)), np.array(c, np.int32), np.arange(len(c)) % 2 == 0)
+        Piece(
+            random_models.merge_in_order(s),
+            np.arange(len(s)),
+            np.array(c, np.int32),
+            np.arange(len(c)) % 2 == 0,
+        )
         for s, c in trees
     ]
     return pack_row(pieces, multiple=8, pad_id=0)
@@ -40,7 +55,8 @@ def packed(trees: list[Tree]) -> TreeBatch:
 def unrolled(trees: list[Tree]) -> TreeBatch:
     """Every sequence a document of its own, nothing shared."""
     none = np.zeros((0, 2), np.int32), np.zeros(0, bool)
-    pieces = [Piece(merge([one]), np.arange(1), *none) for sequences, _ in trees for one in sequences]
+    alone = [merge(TokenGroup.of([one])) for sequences, _ in trees for one in sequences]
+    pieces = [Piece(tree, np.arange(1), *none) for tree in alone]
     row = pack_row(pieces, multiple=8, pad_id=0)
     starts = np.cumsum([0, *(len(s) for s, _ in trees)])
     pairs = [
@@ -53,7 +69,8 @@ def unrolled(trees: list[Tree]) -> TreeBatch:
     return row
 
 
-def loss_and_gradient(model: Path, row: TreeBatch, name: str) -> tuple[float, list[torch.Tensor]]:
+def loss_and_gradient(model: Path, rows: list[TreeBatch], name: str) -> tuple[float, list[torch.Tensor]]:
+    """Sum and gradient of a step that consists of these rows."""
     objective, settings = OBJECTIVES[name], Objective(name=name)
     layout = Parallel(distributed_optimizer=False)
     shape = hf.read_shape(model)
@@ -61,7 +78,7 @@ def loss_and_gradient(model: Path, row: TreeBatch, name: str) -> tuple[float, li
     hf.load(bare, model, shape)
     chunks = optimizer.wrap(bare, layout)
     optimizer.build(chunks, Training(global_batch=1, learning_rate=1.0), layout)
-    count = len(row.comparisons)
+    count = sum(int(row.scored.sum()) if name == "sft" else len(row.comparisons) for row in rows)
     kl = torch.tensor(0.3)
 
     def loss(values: torch.Tensor, batch: TreeBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +89,7 @@ def loss_and_gradient(model: Path, row: TreeBatch, name: str) -> tuple[float, li
         return result.loss.sum() / count, sums
 
     chunks[0].zero_grad_buffer()
-    sums = run_rows(chunks, [row], loss, training=True)
+    sums = run_rows(chunks, rows, loss, training=True)
     return float(sums[0]), [p.main_grad.clone() for p in chunks[0].parameters()]
 
 
@@ -87,12 +104,18 @@ def compare(model: Path, trees: list[Tree], names: list[str]) -> list[tuple[str,
         row.reference_logprob = -row.scored * 5.0 + torch.randn(len(row.last), generator=generator)
     found = []
     for name in names:
-        (a, grad_a), (b, grad_b) = (loss_and_gradient(model, row, name) for row in rows)
-        apart = torch.stack([(x - y).norm() for x, y in zip(grad_a, grad_b, strict=True)]).norm()
-        found.append(
-            (name, abs(a - b) / abs(b), float(apart / torch.stack([g.norm() for g in grad_b]).norm()))
-        )
+        one, other = (loss_and_gradient(model, [row], name) for row in rows)
+        found.append((name, *apart(one, other)))
     return found
+
+
+def apart(
+    one: tuple[float, list[torch.Tensor]], other: tuple[float, list[torch.Tensor]]
+) -> tuple[float, float]:
+    """Relative differences of losses and of gradients."""
+    difference = torch.stack([(x - y).norm() for x, y in zip(one[1], other[1], strict=True)]).norm()
+    size = torch.stack([gradient.norm() for gradient in other[1]]).norm()
+    return abs(one[0] - other[0]) / abs(other[0]), float(difference / size)
 
 
 def check(model: Path, trees: list[Tree], names: list[str] = OBJECTIVE_NAMES) -> None:
@@ -177,3 +200,52 @@ def test_game_of_24(model, shared_data):
         texts = [[row["input"], leaf["text"] or "-"] for leaf in leaves]
         trees.append((conversations(model, texts), [(0, 1), (2, 3)]))
     check(model, trees, ["ipo", "nca", "bt"])
+
+
+def step_rows(data: DataSet, reference: np.ndarray, name: str, **layout: Any) -> list[TreeBatch]:
+    """The rows of all ranks of one step, one behind the other, the last micro-batches first."""
+    settings = {"unit": "sequence" if name == "sft" else "comparison", "global_batch": 9, "shuffle": True}
+    cost = CostModel(token=40.0, pair=1.0)
+    rows = []
+    for rank in range(layout.get("ranks", 1)):
+        rows += BatchPlan(data, rank=rank, cost=cost, **settings, **layout)[1].rows
+    return [pack_row(row, multiple=8, pad_id=0, reference_logprob=reference) for row in reversed(rows)]
+
+
+LAYOUTS = [
+    {"ranks": 1, "row_length": 190},  # trees cut to fit their rows
+    {"ranks": 4, "row_length": 2000},  # several rows a rank
+    {
+        "ranks": 12,
+        "row_length": 2000,
+        "multiple": 2,
+    },  # more ranks than trees: cut so that none waits; empty rows
+]
+
+
+def compare_layouts(model: Path, names: list[str]) -> list[tuple[str, float, float, int]]:
+    """As `compare`, each layout against one row with the whole step; and the tokens of the layout's rows."""
+    groups.initialize(Parallel())
+    data = DataSet.of(shapes.ultrainteract(12, seed=2, vocabulary=300, scale=0.05))
+    lengths = np.concatenate([data.group(k).scored for k in range(len(data))])
+    reference = (-5.0 * lengths + np.random.default_rng(0).standard_normal(len(lengths))).astype(np.float32)
+    found = []
+    for name in names:
+        whole = step_rows(data, reference, name, row_length=100_000)
+        assert len(whole) == 1
+        expected = loss_and_gradient(model, whole, name)
+        for layout in LAYOUTS:
+            rows = step_rows(data, reference, name, **layout)
+            step = loss_and_gradient(model, rows, name)
+            found.append((name, *apart(step, expected), sum(len(row.tokens) for row in rows)))
+    return found
+
+
+def test_cuts_rows_and_ranks_change_nothing(model):
+    names = ["sft", "dpo", "kto", "bt_dr"]
+    found = world(1, compare_layouts, model, names)[0]
+    assert len(found) == len(names) * len(LAYOUTS)
+    for name, loss, gradient, _ in found:
+        assert loss < 1e-9, name
+        assert gradient < 1e-9, name
+    assert len({tokens for name, _, _, tokens in found if name == "dpo"}) == len(LAYOUTS)

@@ -6,6 +6,7 @@ conversations that start with the same messages start with the same tokens. The 
 prompt is exactly such a border: what the model is trained to continue is what it is asked to continue.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -101,6 +102,8 @@ class ChatTokenizer:
 
         self._added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         self._splitter = _splitter(tokenizer)
+        # the conversations of a tree share most of their messages, and come one after the other
+        self._encode = functools.lru_cache(maxsize=1024)(loaded.text.encode)
         self.fingerprint = self._digest()
 
     @classmethod
@@ -224,7 +227,7 @@ class ChatTokenizer:
                 continue
             plain = part.replace(mark, "") if mark else part
             prefix = after == "nothing" or (after == "special" and self._loaded.prefix_after_special)
-            ids = self._loaded.text.encode(plain, prefix=prefix)
+            ids = self._encode(plain, prefix=prefix)
             sections.append(_Section(ids, False, plain.isspace()))
             after = "text"
         return sections

@@ -30,6 +30,7 @@ EURUS = (
     "{%- endfor -%}"
 )
 BUILT_IN = {"eurus": EURUS}
+_STARTS_KEPT = 1024  # renderings remembered: far more than one tree has
 
 
 class Piece(NamedTuple):
@@ -87,6 +88,7 @@ class ChatTemplate:
         self.source = source
         self.name = name
         self._tokenizer = tokenizer
+        self._starts: dict[tuple[tuple[Message, ...], bool], str] = {}
         # A one-character token has no inside to put the mark in; it would have to be ordinary text to
         # begin with.
         long = sorted((token for token in control if len(token) > 1), key=len, reverse=True)
@@ -125,12 +127,12 @@ class ChatTemplate:
         """
         marked, mark = self._mark(messages)
         start = 2 if marked[0].role == "system" else 1
-        pieces = [Piece("user", "", self.render(marked[:start]))]
+        pieces = [Piece("user", "", self._start(marked[:start]))]
         before = pieces[0].body
         for count in range(start + 1, len(marked) + 1):
             role = marked[count - 1].role
-            opened = self.render(marked[: count - 1], header=True) if role == "assistant" else before
-            after = self.render(marked[:count])
+            opened = self._start(marked[: count - 1], header=True) if role == "assistant" else before
+            after = self._start(marked[:count])
             if not opened.startswith(before) or not after.startswith(opened):
                 raise UserError(
                     f"{self.name} changes earlier text when message {count} is added (roles "
@@ -140,6 +142,16 @@ class ChatTemplate:
             pieces.append(Piece(role, opened[len(before) :], after[len(opened) :]))
             before = after
         return pieces, mark
+
+    def _start(self, messages: Sequence[Message], *, header: bool = False) -> str:
+        """`render`, remembered: the conversations of a tree start alike, and come one after the other."""
+        key = (tuple(messages), header)
+        text = self._starts.get(key)
+        if text is None:
+            if len(self._starts) >= _STARTS_KEPT:
+                self._starts.clear()
+            text = self._starts[key] = self.render(messages, header=header)
+        return text
 
     def _mark(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         contents = "".join(message.content for message in messages)

@@ -1,94 +1,193 @@
-"""From recipe sources to tokenized groups: reading, tokenizing, the length rule, holding out."""
+"""The trees a run trains on: a view of tokenized shards, mixed from sources, split by instruction."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.chat import ChatTokenizer, TokenSequence
-from silva.engine.data.formats import Group, Report, read_groups
-from silva.engine.data.packing import ABSENT
-from silva.engine.data.tree import merged_size
+from silva.engine.data import pipeline, store
+from silva.engine.data.chat import ChatTokenizer
+from silva.engine.data.decontaminate import Decontaminator
+from silva.engine.data.encoding import Encoder, Unit
+from silva.engine.data.group import TokenGroup
+from silva.engine.data.report import Report
 from silva.engine.errors import UserError
 
 if TYPE_CHECKING:
     from silva.engine.config import Data, Source
 
-Unit = Literal["sequence", "comparison"]
-
-
-@dataclass(slots=True)
-class TokenGroup:
-    """The tokenized sequences of one tree and what is compared among them."""
-
-    sequences: list[TokenSequence]
-    comparisons: NDArray[np.int32]  # (P, 2) (chosen, rejected) indices into `sequences`, -1: absent
-    absolute: NDArray[np.bool_]  # (P,)
-    instruction: str = ""  # the first user message: what is held out, is held out by it
-    first_sequence: int = 0  # number of `sequences[0]` in the data set
-    first_comparison: int = 0
+Numbers = NDArray[np.int64]
 
 
 class DataSet:
-    """Groups in reading order, their sequences and comparisons numbered through.
+    """Trees in reading order, their sequences and comparisons numbered through; decoded when asked for.
 
     Attributes:
-        groups: the trees.
-        sequences, comparisons: totals.
-        fingerprint: hex digest of every token, scored flag and comparison: equal data has equal fingerprints.
+        sequences, comparisons: totals over the trees, each counted once.
+        tokens: (len,) tokens of each merged tree.
+        fingerprint: hex digest of every token, scored flag and comparison, and how often each tree is taken.
     """
 
-    def __init__(self, groups: Iterable[TokenGroup]) -> None:
-        self.groups = list(groups)
-        self.sequences = self.comparisons = 0
-        digest = hashlib.blake2b(digest_size=16)
-        for group in self.groups:
-            group.first_sequence, group.first_comparison = self.sequences, self.comparisons
-            self.sequences += len(group.sequences)
-            self.comparisons += len(group.comparisons)
-            for sequence in group.sequences:
-                digest.update(np.int64(len(sequence.tokens)).tobytes())
-                digest.update(sequence.tokens.tobytes() + sequence.scored.tobytes())
-            digest.update(group.comparisons.tobytes() + group.absolute.tobytes())
+    def __init__(
+        self, shards: Sequence[store.Shard], trees: Numbers | None = None, copies: Numbers | None = None
+    ) -> None:
+        """
+        Args:
+            shards: where the trees lie.
+            trees: (len,) their numbers over all shards; None: all.
+            copies: (len,) how often an epoch takes each; None: once.
+        """
+        self._shards = list(shards)
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+        self.trees: Numbers = np.arange(self._starts[-1]) if trees is None else trees
+        self.copies: Numbers = np.ones(len(self.trees), np.int64) if copies is None else copies
+        self._counts: dict[Unit, Numbers] = {
+            "sequence": self._gather([s.sequences for s in self._shards]),
+            "comparison": self._gather([s.comparisons for s in self._shards]),
+        }
+        self.tokens = self._gather([s.tokens for s in self._shards])
+        self.sequences, self.comparisons = (int(counts.sum()) for counts in self._counts.values())
+        self._first = {unit: np.cumsum(counts) - counts for unit, counts in self._counts.items()}
+        digest = hashlib.blake2b(self.digests.tobytes() + self.copies.tobytes(), digest_size=16)
         self.fingerprint = digest.hexdigest()
 
+    @classmethod
+    def of(cls, groups: Iterable[TokenGroup]) -> DataSet:
+        """A data set held in memory."""
+        return cls([store.Shard(store.to_batch(list(groups)))])
+
+    @classmethod
+    def joined(cls, parts: Sequence[DataSet]) -> DataSet:
+        """All trees of the parts, one part behind the other."""
+        starts = np.cumsum([0, *(part._starts[-1] for part in parts)])
+        return cls(
+            [shard for part in parts for shard in part._shards],
+            np.concatenate([part.trees + start for part, start in zip(parts, starts, strict=False)]),
+            np.concatenate([part.copies for part in parts]),
+        )
+
     def __len__(self) -> int:
-        return len(self.groups)
+        """Number of different trees."""
+        return len(self.trees)
+
+    def group(self, k: int) -> TokenGroup:
+        """Tree `k` with its numbers in this data set."""
+        number = int(self.trees[k])
+        shard = int(np.searchsorted(self._starts, number, "right")) - 1
+        found = self._shards[shard][number - int(self._starts[shard])]
+        found.first_sequence = int(self._first["sequence"][k])
+        found.first_comparison = int(self._first["comparison"][k])
+        return found
+
+    def units(self, unit: Unit) -> Numbers:
+        """(len,) sequences or comparisons of each tree."""
+        return self._counts[unit]
+
+    def order(self, epoch: int, *, shuffle: bool, seed: int) -> Numbers:
+        """The trees of one epoch; as many of each as its copies, whatever the epoch."""
+        taken = np.repeat(np.arange(len(self)), self.copies)
+        return np.random.default_rng([seed, 0, epoch]).permutation(taken) if shuffle else taken
+
+    @property
+    def instructions(self) -> NDArray[np.uint8]:
+        """(len, 16) digests of the first user messages."""
+        return self._gather([s.instruction for s in self._shards])
+
+    @property
+    def digests(self) -> NDArray[np.uint8]:
+        """(len, 16) digests of the trees."""
+        return self._gather([s.digest for s in self._shards])
+
+    def where(self, chosen: NDArray[np.bool_] | Numbers) -> DataSet:
+        """The chosen trees, as a mask or as rising numbers."""
+        return DataSet(self._shards, self.trees[chosen], self.copies[chosen])
+
+    def with_copies(self, copies: Numbers) -> DataSet:
+        """The same trees, taken `copies` (len,) times an epoch; those taken no time are left out."""
+        some = copies > 0
+        return DataSet(self._shards, self.trees[some], copies[some])
+
+    def _gather(self, parts: list[NDArray]) -> NDArray:
+        return np.concatenate(parts)[self.trees] if parts else np.zeros(0, np.int64)
 
 
 def prepare(
-    sources: Sequence[Source], tokenizer: ChatTokenizer, settings: Data, *, unit: Unit, report: Report
-) -> DataSet:
-    """Read, tokenize and length-check all sources.
+    sources: Sequence[Source],
+    tokenizer: ChatTokenizer,
+    settings: Data,
+    *,
+    unit: Unit,
+    cache: Path,
+    seed: int,
+    say: pipeline.Say | None = None,
+) -> tuple[DataSet, list[Path]]:
+    """The mixture of all sources, tokenized now or found in the cache, and the folders it lies in.
 
     Args:
         unit: "sequence" for SFT, "comparison" for everything else.
-        report: receives every row that was skipped or truncated, with its reason.
+        cache: where tokenized sources are kept.
+        seed: of the draw, where a source gives only part of its trees.
+        say: told of every source that has to be tokenized.
 
     Raises:
         UserError: unreadable or malformed data, a conversation that does not fit under `too_long: refuse`,
-            or nothing left to train on.
+            a source that holds less than its `count`, or nothing left to train on.
     """
-    groups = []
-    for source in sources:
-        for group in read_groups(source, kind=unit, on_bad_row=settings.on_bad_row, report=report):
-            tokenized = _tokenize(group, tokenizer, settings, unit, report)
-            if tokenized is not None:
-                groups.append(tokenized)
-    if not groups:
-        names = ", ".join(source.path for source in sources)
-        skipped = "; ".join(report.lines()) or "the files hold no rows"
-        raise UserError(f"{names}: no {unit}s left to train on ({skipped})")
-    return DataSet(groups)
+    decontaminator = Decontaminator(settings.decontaminate) if settings.decontaminate else None
+    encoder = Encoder(tokenizer, settings, unit)
+    folders = [
+        pipeline.build(
+            pipeline.Job(source, encoder, decontaminator), cache, workers=settings.workers, say=say
+        )
+        for source in sources
+    ]
+    return mixture(sources, folders, unit=unit, seed=seed), folders
+
+
+def mixture(sources: Sequence[Source], folders: Sequence[Path], *, unit: Unit, seed: int) -> DataSet:
+    """The trees of finished folders, of each source as many as its `count` or `weight` says."""
+    parts = [DataSet(pipeline.shards(folder)) for folder in folders]
+    if not any(map(len, parts)):
+        left_out = Report()
+        for folder in folders:
+            left_out.merge(pipeline.report(folder))
+        names, why = ", ".join(source.path for source in sources), "; ".join(left_out.lines())
+        raise UserError(f"{names}: no {unit}s left to train on ({why})")
+    return DataSet.joined(
+        [_share(part, source, unit, seed) for part, source in zip(parts, sources, strict=True)]
+    )
+
+
+def _share(data: DataSet, source: Source, unit: Unit, seed: int) -> DataSet:
+    """The part of a source that an epoch takes: whole trees, until `count` or `weight` x its units are reached.
+
+    Which trees a fraction takes depends on their instructions and the seed alone.
+    """
+    units = data.units(unit)
+    total = int(units.sum())
+    if source.count is None and source.weight == 1:
+        return data
+    if source.count is not None and source.count > total:
+        raise UserError(
+            f"data source {source.path}: count is {source.count}, but it gives {total} {unit}s; "
+            "lower it, or take it several times with weight"
+        )
+    whole, wanted = (0, source.count) if source.count else divmod(round(source.weight * total), max(1, total))
+    places = _places(data.instructions, b"draw %d" % seed)
+    order = np.lexsort((np.arange(len(data)), places))
+    before = np.cumsum(units[order]) - units[order]
+    copies = np.full(len(data), whole)
+    copies[order[before < wanted]] += 1
+    return data.with_copies(copies)
 
 
 def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSet]:
-    """Split groups into (train, held out) by their instruction, so that none stands on both sides.
+    """Split trees into (train, held out) by their instruction, so that none stands on both sides.
 
     An instruction's place depends on itself and the seed alone: SFT and preference stages that keep different rows
     of one data set hold out the same instructions. The held-out share is therefore about, not exactly, `fraction`.
@@ -96,97 +195,17 @@ def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSe
     Raises:
         UserError: nothing is left on one side.
     """
-
-    def place(instruction: str) -> float:
-        digest = hashlib.blake2b(instruction.encode(), digest_size=8, key=str(seed).encode()).digest()
-        return int.from_bytes(digest, "big") / 2**64
-
-    held = [place(group.instruction) < fraction for group in data.groups]
-    if not any(held) or all(held):
+    held = _places(data.instructions, b"%d" % seed) < fraction
+    if not held.any() or held.all():
         raise UserError(
             f"data.validation_fraction: {fraction} of {len(data)} instruction(s) leaves nothing "
-            f"{'to train on' if all(held) else 'to hold out'}; give more data or another fraction"
+            f"{'to train on' if held.all() else 'to hold out'}; give more data or another fraction"
         )
-    return (
-        DataSet(g for g, out in zip(data.groups, held, strict=True) if not out),
-        DataSet(g for g, out in zip(data.groups, held, strict=True) if out),
-    )
+    rest, out = data.where(~held), data.where(held)
+    return rest, out.with_copies(np.ones(len(out), np.int64))  # judged once each
 
 
-def _tokenize(
-    group: Group, tokenizer: ChatTokenizer, settings: Data, unit: Unit, report: Report
-) -> TokenGroup | None:
-    """The group with every sequence tokenized and cut to length; None if nothing of it is left."""
-    limit = settings.max_length or settings.row_length
-    instruction = next(m.content for m in group.conversations[0] if m.role == "user")
-    sequences: list[TokenSequence] = []
-    place: list[int] = []  # conversation -> index into `sequences`, -1: dropped
-    for conversation in group.conversations:
-        try:
-            whole = tokenizer.encode(conversation, score=settings.score)
-        except UserError as error:
-            raise UserError(f"{group.origin}: {error}") from error
-        fitting = _fit(whole, limit, settings.too_long, group.origin, report)
-        place.append(len(sequences) if fitting is not None else ABSENT)
-        if fitting is not None:
-            sequences.append(fitting)
-    if unit == "sequence":
-        none = np.zeros((0, 2), np.int32), np.zeros(0, bool)
-        return TokenGroup(sequences, *none, instruction) if sequences else None
-
-    pairs, absolute = [], []
-    for comparison in group.comparisons:
-        named = [side for side in (comparison.chosen, comparison.rejected) if side is not None]
-        if any(place[side] == ABSENT for side in named):
-            report.skip("comparison with a sequence that was dropped for its length", group.origin)
-            continue
-        sides = [ABSENT if side is None else place[side] for side in (comparison.chosen, comparison.rejected)]
-        if len(named) == 2 and np.array_equal(sequences[sides[0]].tokens, sequences[sides[1]].tokens):
-            report.skip("chosen and rejected are the same tokens", group.origin)
-            continue
-        size = merged_size([sequences[k] for k in sides if k != ABSENT])
-        if size > settings.row_length:
-            if settings.too_long == "refuse":
-                raise UserError(
-                    f"{group.origin}: chosen and rejected take {size} tokens together and have to lie in one row of "
-                    f"{settings.row_length} (data.row_length); raise it, or set data.too_long to drop"
-                )
-            report.skip(
-                f"comparison whose two sequences do not fit a row of {settings.row_length}", group.origin
-            )
-            continue
-        pairs.append(sides)
-        absolute.append(comparison.absolute)
-    if not pairs:
-        return None
-    used = sorted({side for pair in pairs for side in pair if side != ABSENT})
-    renumber = {old: new for new, old in enumerate(used)} | {ABSENT: ABSENT}
-    return TokenGroup(
-        [sequences[k] for k in used],
-        np.array([[renumber[side] for side in pair] for pair in pairs], np.int32),
-        np.array(absolute, bool),
-        instruction,
-    )
-
-
-def _fit(sequence: TokenSequence, limit: int, rule: str, origin: str, report: Report) -> TokenSequence | None:
-    """Apply the recipe's `too_long` rule to one sequence."""
-    length = len(sequence.tokens)
-    if length <= limit:
-        return sequence
-    if rule == "refuse":
-        raise UserError(
-            f"{origin}: a conversation of {length} tokens is longer than the {limit} that fit (data.max_length, "
-            "data.row_length); raise them, or set data.too_long to drop, truncate_left or truncate_right"
-        )
-    if rule == "drop":
-        report.skip(f"sequence longer than {limit} tokens", origin)
-        return None
-    kept = slice(length - limit, length) if rule == "truncate_left" else slice(0, limit)
-    scored = sequence.scored[kept].copy()
-    scored[0] = False  # nothing is left that predicts the first token
-    if not scored.any():
-        report.skip(f"sequence with no scored token left in {limit} tokens", origin)
-        return None
-    report.truncate(f"sequence cut to {limit} tokens ({rule})", origin)
-    return TokenSequence(sequence.tokens[kept], scored)
+def _places(instructions: NDArray[np.uint8], key: bytes) -> NDArray[np.float64]:
+    """(n,) numbers in [0, 1), one per instruction, as good as random and the same in every run."""
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in instructions)
+    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])

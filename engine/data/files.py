@@ -5,6 +5,7 @@ problem, so that one bad line can be counted instead of ending the run.
 """
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
@@ -43,12 +44,13 @@ def open_rows(path: str, split: str) -> Iterator[Row]:
     if place.is_file():
         return _reader(place)(place, place.name)
     if place.is_dir():
-        if (place / "dataset_dict.json").is_file() or (place / "dataset_info.json").is_file():
+        if _is_saved_dataset(place):
             return _saved_dataset(place, split)
-        return _folder(place, split)
+        files = _files(place, split)
+        return (row for file in files for row in _reader(file)(file, file.relative_to(place).as_posix()))
     if _HUB_NAME.fullmatch(path) and not _kind(place):
-        return _hub(path, split)
-    raise UserError(f"data source {path}: there is no such file or folder; check data.*.path")
+        return _numbered(_hub(path, split), path)
+    raise _nothing_there(path)
 
 
 def _kind(file: Path) -> str:
@@ -63,7 +65,40 @@ def _reader(file: Path) -> Callable[[Path, str], Iterator[Row]]:
     return READERS[suffix]
 
 
-def _folder(folder: Path, split: str) -> Iterator[Row]:
+def fingerprint(path: str, split: str) -> str:
+    """Digest of everything `open_rows(path, split)` reads: names and bytes of files, or the hub's own digest.
+
+    Raises UserError as `open_rows` does.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        _reader(place)
+        files = [(place.name, place)]
+    elif place.is_dir():
+        saved = _is_saved_dataset(place)
+        chosen = [f for f in sorted(place.rglob("*")) if f.is_file()] if saved else _files(place, split)
+        files = [(file.relative_to(place).as_posix(), file) for file in chosen]
+    elif _HUB_NAME.fullmatch(path) and not _kind(place):
+        return str(_hub(path, split)._fingerprint)
+    else:
+        raise _nothing_there(path)
+    digest = hashlib.blake2b(split.encode(), digest_size=16)
+    for name, file in files:
+        with file.open("rb") as content:
+            digest.update(name.encode() + b"\0" + hashlib.file_digest(content, hashlib.blake2b).digest())
+    return digest.hexdigest()
+
+
+def _nothing_there(path: str) -> UserError:
+    return UserError(f"data source {path}: there is no such file or folder; check data.*.path")
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that belong to `split`."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file))
     files = [
         file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -86,7 +121,7 @@ def _folder(folder: Path, split: str) -> Iterator[Row]:
         raise UserError(
             f"data source {folder}: no file is named after split {split!r}; found {found}; set data.*.split"
         )
-    return (row for file in files for row in _reader(file)(file, file.relative_to(folder).as_posix()))
+    return files
 
 
 def _open_bytes(file: Path) -> IO[bytes]:
@@ -184,17 +219,17 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
     return _numbered(found, folder.name)
 
 
-def _hub(name: str, split: str) -> Iterator[Row]:
+def _hub(name: str, split: str) -> Any:
+    """The data set of the Hugging Face hub; it keeps what it has fetched."""
     import datasets
 
     try:
-        found = datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data source {name}: no such file or folder here, and the Hugging Face hub did not give it as a "
             f"data set with split {split!r} ({_one_line(error)})"
         ) from None
-    return _numbered(found, name)
 
 
 def _numbered(rows: Any, name: str) -> Iterator[Row]:

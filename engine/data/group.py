@@ -1,6 +1,6 @@
 """One tree's tokenized sequences, front-coded: each stores only what it adds to its predecessor.
 
-In lexicographic order every shared prefix is shared by neighbours. So the added tokens, one sequence after the
+In a depth-first order every shared prefix is shared by neighbours. So the added tokens, one sequence after the
 other, *are* the tokens of the merged tree, and the shared lengths alone tell how large the tree of any subset of
 the sequences is: two sequences share the minimum of the shared lengths between them.
 
@@ -13,6 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from silva.engine.data.chat import TokenSequence
 
 ABSENT = -1  # a comparison's missing side: unpaired feedback
 Ints = NDArray[np.int32]
+Numbers = NDArray[np.integer[Any]]
 
 
 def instruction_digest(instruction: str) -> bytes:
@@ -30,7 +32,7 @@ def instruction_digest(instruction: str) -> bytes:
 
 @dataclass(slots=True)
 class TokenGroup:
-    """The sequences of one tree, sorted by their tokens, and what is compared among them.
+    """The sequences of one tree, depth-first, and what is compared among them.
 
     Equal sequences are stored each (the second adds nothing) and count each.
     """
@@ -54,7 +56,7 @@ class TokenGroup:
         absolute: Sequence[bool] | NDArray = (),
         instruction: bytes = b"",
     ) -> TokenGroup:
-        """Sort and front-code `sequences`; `comparisons` are renumbered accordingly."""
+        """Order and front-code `sequences`; `comparisons` are renumbered accordingly."""
         order, shared = front_code([s.tokens for s in sequences])
         place = np.empty(len(order) + 1, np.int32)
         place[order] = np.arange(len(order))
@@ -79,54 +81,115 @@ class TokenGroup:
     def __len__(self) -> int:
         return len(self.length)
 
+    @property
+    def scored(self) -> Ints:
+        """(N,) scored tokens of each sequence."""
+        before = np.append(0, np.cumsum(self.runs[:, 1] - self.runs[:, 0]))
+        return np.diff(before[self.run_pointer]).astype(np.int32)
+
     def sequence(self, k: int) -> TokenSequence:
         """Sequence `k` as it was before front-coding."""
-        ends = np.cumsum(self.length - self.shared)
-        found = np.empty(self.length[k], np.int32)
-        missing = int(self.length[k])  # tokens [0, missing) are still to be found
-        for j in range(k, -1, -1):
-            start = int(self.shared[j])
-            if start < missing:
-                begin = int(ends[j] - (self.length[j] - start))
-                found[start:missing] = self.tokens[begin : begin + missing - start]
-                missing = start
         scored = np.zeros(self.length[k], bool)
         for start, stop in self.runs[self.run_pointer[k] : self.run_pointer[k + 1]]:
             scored[start:stop] = True
-        return TokenSequence(found, scored)
+        return TokenSequence(self._tokens(k, 0), scored)
 
     def sequences(self) -> list[TokenSequence]:
         """All sequences, in the group's order."""
         return [self.sequence(k) for k in range(len(self))]
 
-    def common(self, members: Sequence[int] | NDArray) -> Ints:
+    def subset(self, members: Numbers) -> TokenGroup:
+        """The group of `members` (rising) alone; comparisons, which name other sequences too, are left behind."""
+        if len(members) == len(self):
+            return self
+        shared = self.common(members)
+        parts = [self._tokens(k, n) for k, n in zip(members.tolist(), shared.tolist(), strict=True)]
+        counts = np.diff(self.run_pointer)
+        chosen = np.zeros(len(self), bool)
+        chosen[members] = True
+        return TokenGroup(
+            tokens=np.concatenate([np.zeros(0, np.int32), *parts]),
+            length=self.length[members],
+            shared=shared,
+            run_pointer=np.append(0, np.cumsum(counts[members])).astype(np.int32),
+            runs=self.runs[np.repeat(chosen, counts)],
+            comparisons=np.zeros((0, 2), np.int32),
+            absolute=np.zeros(0, bool),
+        )
+
+    def common(self, members: Numbers) -> Ints:
         """(len(members),) tokens each of `members` (rising) shares with the member before it; 0 for the first."""
-        members = np.asarray(members, np.int64)
+        if len(members) == len(self):
+            return self.shared
         if len(members) < 2:
             return np.zeros(len(members), np.int32)
-        # minimum of `shared` over (previous member, member]
-        bounds = members[:-1] + 1
-        least = np.minimum.reduceat(self.shared[: members[-1] + 1], bounds)
-        return np.append(np.int32(0), least).astype(np.int32)
+        # the minimum of `shared` over (previous member, member]
+        least = np.minimum.reduceat(self.shared[: members[-1] + 1], members[:-1] + 1)
+        return np.append(np.int32(0), least)
 
-    def merged_size(self, members: Sequence[int] | NDArray) -> int:
-        """Tokens of the tree of `members` (rising, without repetition)."""
-        members = np.asarray(members, np.int64)
-        return int(self.length[members].sum() - self.common(members).sum())
+    def merged_size(self, members: Numbers) -> tuple[int, int]:
+        """(tokens, visible pairs) of the tree of `members` (rising): a token sees itself and its ancestors."""
+        length, shared = self.length[members].astype(np.int64), self.common(members).astype(np.int64)
+        pairs = (length * (length + 1) - shared * (shared + 1)).sum() // 2
+        return int((length - shared).sum()), int(pairs)
+
+    def _tokens(self, k: int, start: int) -> Ints:
+        """The tokens of sequence `k` from place `start` on."""
+        stop = int(self.length[k])
+        found = np.empty(stop - start, np.int32)
+        end = int((self.length[: k + 1] - self.shared[: k + 1]).sum())  # of what sequence j adds
+        for j in range(k, -1, -1):
+            first, length = int(self.shared[j]), int(self.length[j])
+            if first < stop:  # tokens [start, stop) are still to be found
+                low = max(first, start)
+                found[low - start : stop - start] = self.tokens[end - (length - low) :][: stop - low]
+                stop = low
+            if stop <= start:
+                break
+            end -= length - first
+        return found
 
 
 def front_code(sequences: Sequence[Ints]) -> tuple[list[int], list[int]]:
-    """The lexicographic order of token arrays, and how many tokens each shares with its predecessor in it."""
+    """A depth-first order of token arrays, and how many tokens each shares with its predecessor in it.
+
+    Of siblings the larger subtree comes first. A block of keys is read for as long as the largest subtree that
+    begins in it; this way the block in which one branch ends and the next begins reaches over the smaller one.
+    """
     # big-endian bytes compare as the token ids do, and Python compares bytes in C
     keys = [tokens.astype(">u4").tobytes() for tokens in sequences]
-    order = sorted(range(len(sequences)), key=keys.__getitem__)
-    shared = [0] * min(1, len(order))
-    for before, after in itertools.pairwise(order):
+    lexicographic = sorted(range(len(sequences)), key=keys.__getitem__)
+    length = [len(sequences[k]) for k in lexicographic]
+    shared = [0] * min(1, len(length))
+    for before, after in itertools.pairwise(lexicographic):
         a, b = sequences[before], sequences[after]
         n = min(len(a), len(b))
         differs = a[:n] != b[:n]
         shared.append(int(differs.argmax()) if differs.any() else n)
-    return order, shared
+
+    added = [0, *itertools.accumulate(n - s for n, s in zip(length, shared, strict=True))]
+    order, shared_in_order = [], []
+    # sequences [first, end) and what they share with those before them
+    open_subtrees = [(0, len(length), 0)] if length else []
+    while open_subtrees:
+        first, end, before = open_subtrees.pop()
+        if end - first == 1:
+            order.append(lexicographic[first])
+            shared_in_order.append(before)
+            continue
+        branch = min(shared[first + 1 : end])  # where the subtree first branches
+        edges = [first, *(k for k in range(first + 1, end) if shared[k] == branch), end]
+        children = sorted(
+            itertools.pairwise(edges),
+            # a sequence that ends at the branching point adds nothing and stays in front
+            key=lambda child: (
+                length[child[0]] > branch,
+                -(added[child[1]] - added[child[0]] + shared[child[0]]),
+            ),
+        )
+        for number, child in reversed(list(enumerate(children))):
+            open_subtrees.append((*child, branch if number else before))
+    return order, shared_in_order
 
 
 def _runs(scored: NDArray[np.bool_]) -> Ints:

@@ -1,59 +1,62 @@
 """Global batches: which comparisons a step holds, how their trees lie in rows, which rank gets which row.
 
-Everything is a pure function of (data, settings, step), the same on every rank: resuming at a step needs no
-state but its number, and the global count a step divides by needs no communication.
+Everything is a pure function of (data, settings, step, ranks), the same on every rank: resuming at a step needs no
+state but its number, and the global count a step divides by needs no communication. A rank merges its own rows only.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from silva.engine.data.balance import BY_TOKENS, CostModel, spread
 from silva.engine.data.chat import TokenSequence
-from silva.engine.data.dataset import DataSet, TokenGroup, Unit
-from silva.engine.data.packing import ABSENT, Piece, first_fit_decreasing
-from silva.engine.data.tree import merge, merged_size
+from silva.engine.data.dataset import DataSet
+from silva.engine.data.encoding import Unit
+from silva.engine.data.group import ABSENT, TokenGroup
+from silva.engine.data.packing import Piece
+from silva.engine.data.splitting import Part
+from silva.engine.data.tree import merge
 from silva.engine.errors import UserError
+
+AHEAD = 2  # batches that are built before they are asked for
 
 
 @dataclass(slots=True)
 class GlobalBatch:
-    """The rows of one optimizer step over all data-parallel ranks, and the counts losses are divided by."""
+    """One rank's rows of one optimizer step, and the counts of all ranks' rows, which losses are divided by.
 
-    rows: list[list[Piece]]
-    mismatched: list[list[Piece]]  # KTO: rows of completion i + 1 under prompt i; empty otherwise
+    Counts are those of the step's units, however their trees are cut and spread; `unique` and `tokens` are of the
+    rows as they are.
+    """
+
+    rows: list[list[Piece]]  # of this rank, equally many on every rank
+    mismatched: list[list[Piece]]  # KTO: rows of completion i + 1 under prompt i; no rows otherwise
     comparisons: int
     sides: int  # present sides of comparisons: two a pair, one for unpaired feedback
     sequences: int
+    mismatched_sequences: int
     scored: int  # scored tokens, counted once per sequence
     unrolled: int  # tokens of all sequences, each alone
-    unique: int  # tokens of all trees
+    tokens: NDArray[np.int64]  # (ranks, rows) of each row, without padding
+    imbalance: float  # cost of the slowest rank's rows over the mean
+    waited: float = 0.0  # seconds between asking for the batch and having it
 
     @property
-    def mismatched_sequences(self) -> int:
-        return sum(len(piece.sequence_ids) for row in self.mismatched for piece in row)
+    def unique(self) -> int:
+        """Tokens of all ranks' trees."""
+        return int(self.tokens.sum())
 
-
-def share(rows: list[list[Piece]], rank: int, size: int, *, multiple: int = 1) -> list[list[Piece]]:
-    """The rows of one data-parallel rank; every rank gets equally many, empty rows making up the number.
-
-    Rows are dealt longest first, forth and back, so that ranks get near-equal token counts.
-
-    Args:
-        multiple: of rows per rank; interleaved pipelines take micro-batches by the number of stages.
-    """
-    lengths = [sum(len(piece.tree) for piece in row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda r: (-lengths[r], r))
-    rounds = max(1, -(-len(rows) // (size * multiple))) * multiple
-    mine: list[list[Piece]] = []
-    for turn in range(rounds):
-        place = turn * size + (rank if turn % 2 == 0 else size - 1 - rank)
-        mine.append(rows[order[place]] if place < len(rows) else [])
-    return mine
+    def capacity(self, multiple: int) -> int:
+        """Tokens of all ranks' rows, padded as `pack_row` does."""
+        return int((np.maximum(1, -(-self.tokens // multiple)) * multiple).sum())
 
 
 class BatchPlan:
@@ -64,10 +67,13 @@ class BatchPlan:
 
     Args:
         unit: what `global_batch` counts: "sequence" (SFT) or "comparison".
+        row_length: tokens of the longest row.
         epochs: passes over the data.
         shuffle: a new order of trees every epoch, from `seed`.
-        row_length: tokens of the longest row.
         mismatched: also lay out KTO's mismatched pairs.
+        rank, ranks: this data-parallel rank and how many there are.
+        multiple: of rows per rank; interleaved pipelines take micro-batches by the number of stages.
+        cost: what ranks are balanced by; tokens alone unless given.
 
     Raises:
         UserError: mismatched pairs wanted from data with one tree only.
@@ -84,16 +90,24 @@ class BatchPlan:
         shuffle: bool = False,
         seed: int = 0,
         mismatched: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        multiple: int = 1,
+        cost: CostModel = BY_TOKENS,
     ) -> None:
-        self.data, self.unit, self.row_length = data, unit, row_length
-        self.global_batch, self.shuffle, self.seed = global_batch, shuffle, seed
-        self.mismatched = mismatched
+        self.data, self.unit, self.global_batch, self.row_length = data, unit, global_batch, row_length
+        self.mismatched, self.cost = mismatched, cost
+        self.rank, self.ranks, self.multiple = rank, ranks, multiple
         if mismatched and len(data) < 2:
             raise UserError("kto pairs each prompt with another prompt's completion: give it more than one")
-        self._units = np.array(
-            [len(g.sequences if unit == "sequence" else g.comparisons) for g in data.groups]
-        )
-        self.steps_per_epoch = -(-int(self._units.sum()) // global_batch)
+
+        def epoch_order(epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            order = data.order(epoch, shuffle=shuffle, seed=seed)
+            return order, np.cumsum(data.units(unit)[order])
+
+        # one epoch while it lasts, and the next one as the batches ahead reach into it
+        self._epoch = lru_cache(maxsize=2)(epoch_order)
+        self.steps_per_epoch = -(-int(self._epoch(0)[1][-1]) // global_batch)
         self.steps = self.steps_per_epoch * epochs
 
     def __len__(self) -> int:
@@ -101,109 +115,108 @@ class BatchPlan:
 
     def __getitem__(self, step: int) -> GlobalBatch:
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.arange(len(self.data))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.data))
-        ends = np.cumsum(self._units[order])
-        start, stop = place * self.global_batch, (place + 1) * self.global_batch
-        pieces: list[Piece] = []
-        strangers: list[Piece] = []
-        for k in range(int(np.searchsorted(ends, start, "right")), len(order)):
-            begin = int(ends[k] - self._units[order[k]])
-            if begin >= stop:
-                break
-            group = self.data.groups[order[k]]
-            units = np.arange(max(start, begin), min(stop, int(ends[k]))) - begin
-            pieces += self._pieces(group, units)
+        order, ends = self._epoch(epoch)
+        start, stop = place * self.global_batch, min((place + 1) * self.global_batch, int(ends[-1]))
+        parts: list[Part] = []
+        strangers: list[Part] = []
+        first = int(np.searchsorted(ends, start, "right"))
+        last = int(np.searchsorted(ends, stop, "left"))
+        for k in range(first, last + 1):
+            group = self.data.group(int(order[k]))
+            begin = int(ends[k]) - self._units(group)
+            units = range(max(start, begin) - begin, min(stop, int(ends[k])) - begin)
+            parts.append(self._part(group, units))
             if self.mismatched:
-                strangers += self._mismatched_pieces(int(order[k]), units)
-        sides = sum(int((piece.comparisons != ABSENT).sum()) for piece in pieces)
+                strangers.append(self._mismatched(int(order[k]), group, units))
+        plan = self._spread(parts)
+        loads = [sum(self.cost(p.tokens, p.pairs) for row in rows for p in row) for rows in plan]
+        members = [part.members for part in parts]
         return GlobalBatch(
-            rows=self._rows(pieces),
-            mismatched=self._rows(strangers),
-            comparisons=sum(len(piece.comparisons) for piece in pieces),
-            sides=sides,
-            sequences=sum(len(piece.sequence_ids) for piece in pieces),
-            scored=sum(int(piece.tree.scored.sum()) for piece in pieces),
-            unrolled=sum(piece.tree.unrolled for piece in pieces),
-            unique=sum(len(piece.tree) for piece in pieces),
+            rows=self._merged(plan),
+            mismatched=self._merged(self._spread(strangers)) if strangers else [],
+            comparisons=sum(len(part.compared) for part in parts),
+            sides=sum(len(need) for part in parts for need in part.needs if part.compared),
+            sequences=sum(map(len, members)),
+            mismatched_sequences=sum(len(part.needs) for part in strangers),
+            scored=sum(int(p.group.scored[m].sum()) for p, m in zip(parts, members, strict=True)),
+            unrolled=sum(int(p.group.length[m].sum()) for p, m in zip(parts, members, strict=True)),
+            tokens=np.array([[sum(part.tokens for part in row) for row in rows] for rows in plan]),
+            imbalance=max(loads) * self.ranks / sum(loads),
         )
 
     def prefetch(self, start: int, stop: int) -> Iterator[tuple[int, GlobalBatch]]:
-        """(step, batch) from `start` to `stop`, the next batch being built while the current one is used."""
-        with ThreadPoolExecutor(1) as pool:
-            coming: Future[GlobalBatch] | None = None
+        """(step, batch) from `start` to `stop`, the next ones being built while the current one is used."""
+        pool = ThreadPoolExecutor(1)
+        coming: deque[Future[GlobalBatch]] = deque()
+        try:
             for step in range(start, stop):
-                batch = coming.result() if coming is not None else self[step]
-                coming = pool.submit(self.__getitem__, step + 1) if step + 1 < stop else None
+                while len(coming) <= AHEAD and step + len(coming) < stop:
+                    coming.append(pool.submit(self.__getitem__, step + len(coming)))
+                asked = time.perf_counter()
+                batch = coming.popleft().result()
+                batch.waited = time.perf_counter() - asked
                 yield step, batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _rows(self, pieces: list[Piece]) -> list[list[Piece]]:
-        bins = first_fit_decreasing([len(piece.tree) for piece in pieces], self.row_length)
-        return [[pieces[k] for k in members] for members in bins]
+    def _units(self, group: TokenGroup) -> int:
+        return len(group) if self.unit == "sequence" else len(group.comparisons)
 
-    def _pieces(self, group: TokenGroup, units: NDArray[np.int64]) -> list[Piece]:
-        """The chosen units of a group as trees that fit a row: one, unless the merged tree is too long."""
+    def _part(self, group: TokenGroup, units: range) -> Part:
+        ids = group.first_sequence + np.arange(len(group))
         if self.unit == "sequence":
-            needs = [[int(u)] for u in units]
-        else:
-            needs = [[int(s) for s in group.comparisons[u] if s != ABSENT] for u in units]
-        parts: list[list[int]] = [[]]  # places in `units`
-        held: set[int] = set()
-        if merged_size([group.sequences[s] for need in needs for s in need]) <= self.row_length:
-            parts = [list(range(len(units)))]
-        else:
-            for place, need in enumerate(needs):
-                wider = held | set(need)
-                if held and merged_size([group.sequences[s] for s in sorted(wider)]) > self.row_length:
-                    parts.append([])
-                    wider = set(need)
-                held = wider
-                parts[-1].append(place)
-        return [self._piece(group, [needs[p] for p in part], units[part]) for part in parts]
+            return Part.whole(group, ids, [[unit] for unit in units])
+        pairs = group.comparisons[units.start : units.stop].tolist()
+        return Part.whole(group, ids, [[side for side in pair if side != ABSENT] for pair in pairs], units)
 
-    def _piece(self, group: TokenGroup, needs: list[list[int]], units: NDArray[np.int64]) -> Piece:
-        members = sorted({s for need in needs for s in need})
-        place = {s: k for k, s in enumerate(members)} | {ABSENT: ABSENT}
-        compared = group.comparisons[units] if self.unit == "comparison" else group.comparisons[:0]
-        return Piece(
-            tree=merge([group.sequences[s] for s in members]),
-            sequence_ids=np.array(members, np.int64) + group.first_sequence,
-            comparisons=np.array([[place[int(s)] for s in pair] for pair in compared], np.int32).reshape(
-                -1, 2
-            ),
-            absolute=group.absolute[units] if self.unit == "comparison" else group.absolute[:0],
-        )
+    def _spread(self, parts: list[Part]) -> list[list[list[Part]]]:
+        return spread(parts, self.cost, ranks=self.ranks, row_length=self.row_length, multiple=self.multiple)
+
+    def _merged(self, plan: list[list[list[Part]]]) -> list[list[Piece]]:
+        """This rank's rows."""
+        return [[piece(part) for part in row] for row in plan[self.rank]]
 
     def mismatched_id(self, comparison: int, side: int) -> int:
         """Number of a mismatched sequence, counted on from the data set's own sequences."""
         return self.data.sequences + 2 * comparison + side
 
-    def _mismatched_pieces(self, index: int, units: NDArray[np.int64]) -> list[Piece]:
-        """Each prompt of group `index` under the completion of the next tree in the data set.
+    def _mismatched(self, index: int, group: TokenGroup, units: range) -> Part:
+        """Each prompt of tree `index` under the completion of the next tree in the data set.
 
         The partner is fixed by the data alone (not by the batch), so the reference log-probs can be cached
         and no layout, batch size or shuffling changes the estimate of a pair.
         """
-        group, other = self.data.groups[index], self.data.groups[(index + 1) % len(self.data)]
+        other = self.data.group((index + 1) % len(self.data))
         made: dict[int, TokenSequence] = {}
         for unit in units:
-            partner = other.comparisons[int(unit) % len(other.comparisons)]
+            partner = other.comparisons[unit % len(other.comparisons)]
             for side in (0, 1):
                 own = group.comparisons[unit][side]
                 # unpaired feedback has one side only: take whichever the partner has
                 theirs = partner[side] if partner[side] != ABSENT else partner[1 - side]
                 if own != ABSENT:
-                    made[self.mismatched_id(group.first_comparison + int(unit), side)] = _graft(
-                        group.sequences[own], other.sequences[theirs], self.row_length
+                    made[self.mismatched_id(group.first_comparison + unit, side)] = _graft(
+                        group.sequence(own), other.sequence(theirs), self.row_length
                     )
-        pieces, batch = [], dict[int, TokenSequence]()
-        for identity, sequence in made.items():
-            if batch and merged_size([*batch.values(), sequence]) > self.row_length:
-                pieces.append(_uncompared(batch))
-                batch = {}
-            batch[identity] = sequence
-        return [*pieces, _uncompared(batch)]
+        # a comparison with nothing tells each sequence's place in the group's order
+        merged = TokenGroup.of(
+            list(made.values()), [(k, ABSENT) for k in range(len(made))], [False] * len(made)
+        )
+        ids = np.empty(len(made), np.int64)
+        ids[merged.comparisons[:, 0]] = list(made)
+        return Part.whole(merged, ids, [[k] for k in range(len(made))])
+
+
+def piece(part: Part) -> Piece:
+    """Merge a part of a tree."""
+    group, members = part.group, part.members
+    pairs = group.comparisons[part.compared]
+    return Piece(
+        tree=merge(group.subset(members)),
+        sequence_ids=part.ids[members],
+        comparisons=np.where(pairs == ABSENT, ABSENT, np.searchsorted(members, pairs)).astype(np.int32),
+        absolute=group.absolute[part.compared],
+    )
 
 
 def _graft(prompt: TokenSequence, completion: TokenSequence, limit: int) -> TokenSequence:
@@ -216,12 +229,3 @@ def _graft(prompt: TokenSequence, completion: TokenSequence, limit: int) -> Toke
     tokens = np.concatenate([prompt.tokens[:stem], completion.tokens[branch:]])[:limit]
     scored = np.concatenate([np.zeros(stem, bool), completion.scored[branch:]])[:limit]
     return TokenSequence(tokens, scored)
-
-
-def _uncompared(sequences: dict[int, TokenSequence]) -> Piece:
-    return Piece(
-        tree=merge(list(sequences.values())),
-        sequence_ids=np.array(list(sequences), np.int64),
-        comparisons=np.zeros((0, 2), np.int32),
-        absolute=np.zeros(0, bool),
-    )

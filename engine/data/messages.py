@@ -37,11 +37,11 @@ class BadRow(Exception):
         self.reason = reason
 
 
-def text(value: Any, name: str) -> str:
-    """A string that is not blank and can be written as UTF-8 (JSON can spell halves of characters)."""
+def text(value: Any, name: str, *, blank: bool = False) -> str:
+    """A string, not blank unless allowed, that can be written as UTF-8 (JSON can spell halves of characters)."""
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text", f"found {type(value).__name__}")
-    if not value.strip():
+    if not blank and not value.strip():
         raise BadRow(f"{name} is empty")
     try:
         value.encode("utf-8")
@@ -52,16 +52,19 @@ def text(value: Any, name: str) -> str:
     return value
 
 
-def messages(value: Any, name: str) -> Conversation:
-    """Reads a list of {"role", "content"} or {"from", "value"} items, roles as in ROLES; checks no order."""
+def messages(value: Any, name: str, *, blank: bool = False) -> Conversation:
+    """Reads a list of {"role", "content"} or {"from", "value"} items, roles as in ROLES; checks no order.
+
+    blank: whether a message may say nothing.
+    """
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise BadRow(f"{name} is not a list of messages", f"found {type(value).__name__}")
     if not value:
         raise BadRow(f"{name} is empty")
-    return tuple(_message(item, f"{name} message", index) for index, item in enumerate(value))
+    return tuple(_message(item, f"{name} message", index, blank) for index, item in enumerate(value))
 
 
-def _message(item: Any, name: str, index: int) -> Message:
+def _message(item: Any, name: str, index: int, blank: bool) -> Message:
     if not isinstance(item, Mapping):
         raise BadRow(f"{name} is not an object", f"number {index + 1} is a {type(item).__name__}")
     for role_key, content_key in (("role", "content"), ("from", "value")):
@@ -71,10 +74,15 @@ def _message(item: Any, name: str, index: int) -> Message:
         raise BadRow(
             f"{name} has neither role and content nor from and value", f"it has {', '.join(item) or 'none'}"
         )
-    role = ROLES.get(str(item[role_key]).lower())
-    if role is None:
-        raise BadRow(f"{name} has an unknown role", f"{item[role_key]!r}; known: {', '.join(ROLES)}")
-    return Message(role, text(item[content_key], f"{name} content"))
+    return Message(role(item[role_key], name), text(item[content_key], f"{name} content", blank=blank))
+
+
+def role(value: Any, name: str) -> str:
+    """One of "system", "user" and "assistant", from the names data sets give them."""
+    known = ROLES.get(str(value).lower())
+    if known is None:
+        raise BadRow(f"{name} has an unknown role", f"{value!r}; known: {', '.join(ROLES)}")
+    return known
 
 
 def prompt(value: Any, name: str) -> Conversation:

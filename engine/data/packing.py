@@ -1,4 +1,4 @@
-"""From trees to rows: `TreeBatch`, the one data structure of the engine, and first-fit-decreasing packing.
+"""From trees to rows: `TreeBatch`, the one data structure of the engine.
 
 S row length, L scored positions, N sequences, P comparisons of one row.
 """
@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from silva.engine.data.group import ABSENT
 from silva.engine.data.tree import Tree
-
-ABSENT = -1  # a comparison's missing side: unpaired feedback
 
 
 @dataclass(slots=True)
@@ -107,26 +106,3 @@ def pack_row(
         absolute=torch.from_numpy(np.concatenate([np.zeros(0, bool), *(p.absolute for p in pieces)])),
         reference_logprob=torch.from_numpy(reference.astype(np.float32)),
     )
-
-
-def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items into bins of `capacity`: longest first, each into the first bin with room (Johnson 1973).
-
-    Uses at most 11/9 of the optimal number of bins, plus one.
-
-    Raises:
-        ValueError: an item is longer than the capacity.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
-        if lengths[item] > capacity:
-            raise ValueError(f"an item of {lengths[item]} tokens does not fit a row of {capacity}")
-        place = next((b for b, left in enumerate(room) if lengths[item] <= left), None)
-        if place is None:
-            bins.append([])
-            room.append(capacity)
-            place = len(bins) - 1
-        bins[place].append(item)
-        room[place] -= lengths[item]
-    return bins

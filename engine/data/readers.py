@@ -3,12 +3,9 @@
 A reader looks at one row only; `Parsed.group` says which rows belong to one tree, `formats.py` merges them.
 """
 
-import hashlib
-import itertools
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from silva.engine.data.messages import (
     BadRow,
@@ -23,80 +20,18 @@ from silva.engine.data.messages import (
     shared_prefix,
     text,
 )
+from silva.engine.data.parsed import Format, Kind, Parsed, answered, best_against_rest, pair, prompt_id
+from silva.engine.data.tree_readers import NODE_FIELDS, mint, nodes, oasst
 
-Kind = Literal["sequence", "comparison"]
+__all__ = ["FORMATS", "Format", "Kind", "Parsed"]
+
 _TREE_ID = re.compile(r"(?P<hash>.+)_(?P<depth>\d+)_(?P<turn>\d+)")
-
-
-@dataclass(slots=True)
-class Parsed:
-    """What one row says. `comparisons` hold indices into this row's own `conversations`.
-
-    An empty list of conversations is a well-formed row with nothing to learn from; `reason` then says why.
-    """
-
-    group: str
-    conversations: list[Conversation]
-    comparisons: list[tuple[int | None, int | None]] = field(default_factory=list)
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A reader, the kinds of data it gives, the fields a row must and may have, whether rows are grouped."""
-
-    parse: Callable[[Mapping[str, Any], Kind], Parsed]
-    kinds: tuple[Kind, ...]
-    needs: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    grouped: bool = True
-
-
-def _prompt_id(conversation: Conversation) -> str:
-    """The same messages give the same id in any file and any run."""
-    digest = hashlib.sha256()
-    for role, content in conversation:
-        digest.update(f"{role} {len(content)} {content}".encode())
-    return digest.hexdigest()[:32]
-
-
-def _pair(group: str, chosen: Conversation, rejected: Conversation) -> Parsed:
-    if chosen == rejected:
-        raise BadRow("chosen equals rejected")
-    return Parsed(group, [check(chosen, "chosen"), check(rejected, "rejected")], [(0, 1)])
-
-
-def _best_against_rest(base: Conversation, scored: list[tuple[str, float]], reason: str) -> Parsed:
-    """All pairs of answers to one prompt whose scores differ; equal scores are ties, never compared."""
-    conversations = [check((*base, Message("assistant", response)), "response") for response, _ in scored]
-    pairs = [
-        (better, worse)
-        for better, worse in itertools.permutations(range(len(scored)), 2)
-        if scored[better][1] > scored[worse][1]
-    ]
-    for better, worse in pairs:
-        if conversations[better] == conversations[worse]:
-            raise BadRow(
-                "chosen equals rejected", f"responses {better + 1} and {worse + 1} differ in score only"
-            )
-    if not pairs:
-        return Parsed(_prompt_id(base), [], reason=reason)
-    used = sorted({side for pair in pairs for side in pair})
-    place = {side: index for index, side in enumerate(used)}
-    return Parsed(
-        _prompt_id(base),
-        [conversations[side] for side in used],
-        [(place[better], place[worse]) for better, worse in pairs],
-    )
 
 
 def ultrainteract_sft(row: Mapping[str, Any], kind: Kind) -> Parsed:
     """openbmb/UltraInteract_sft: one correct action, its history already folded into the instruction."""
-    conversation = (
-        Message("user", text(row["instruction"], "instruction")),
-        Message("assistant", text(row["response"], "response")),
-    )
-    return Parsed(text(row["parent_id"], "parent_id"), [conversation])
+    base = prompt(text(row["instruction"], "instruction"), "instruction")
+    return Parsed(text(row["parent_id"], "parent_id"), [answered(base, text(row["response"], "response"))])
 
 
 def ultrainteract_pair(row: Mapping[str, Any], kind: Kind) -> Parsed:
@@ -112,10 +47,10 @@ def ultrainteract_pair(row: Mapping[str, Any], kind: Kind) -> Parsed:
     turns = sum(message.role == "user" for message in trajectory)
     if turn != turns:
         raise BadRow("id and trajectory disagree about the turn", f"{name!r} against {turns} user messages")
-    return _pair(
+    return pair(
         text(row["parent_id"], "parent_id"),
-        (*trajectory, Message("assistant", text(row["chosen"], "chosen"))),
-        (*trajectory, Message("assistant", text(row["rejected"], "rejected"))),
+        answered(trajectory, text(row["chosen"], "chosen")),
+        answered(trajectory, text(row["rejected"], "rejected")),
     )
 
 
@@ -125,27 +60,58 @@ def ultrafeedback(row: Mapping[str, Any], kind: Kind) -> Parsed:
     The score is `overall_score` or, without one, the mean of the completion's fine-grained ratings.
     """
     base = prompt(row["instruction"], "instruction")
-    completions = row["completions"]
-    if isinstance(completions, str) or not isinstance(completions, list) or not completions:
-        raise BadRow("completions is not a list of completions", f"found {type(completions).__name__}")
-    scored = [_scored(completion, number) for number, completion in enumerate(completions, start=1)]
-    return _best_against_rest(base, scored, "no pair: the completions are ties")
+    scored = [
+        (answered(base, response), _overall_score(completion, number))
+        for number, (completion, response) in enumerate(_completions(row["completions"]), start=1)
+    ]
+    return best_against_rest(base, scored, "no pair: the completions are ties")
 
 
-def _scored(completion: Any, number: int) -> tuple[str, float]:
-    if not isinstance(completion, Mapping) or "response" not in completion:
-        raise BadRow("a completion has no response", f"number {number}")
-    response = text(completion["response"], "response")
-    score = _number(completion.get("overall_score"))
-    if score is None:
+def ultrasafety(row: Mapping[str, Any], kind: Kind) -> Parsed:
+    """openbmb/UltraSafety: completions rated harmless (1) or harmful (0); one pair per instruction.
+
+    The pair is the first of the most harmless completions against the first of the least: the paper takes one and
+    does not say which. The row's `prompt`, the instruction inside a jailbreak, is not read.
+    """
+    base = prompt(row["instruction"], "instruction")
+    scored = []
+    for number, (completion, response) in enumerate(_completions(row["completions"]), start=1):
         annotations = completion.get("annotations")
-        aspects = annotations.values() if isinstance(annotations, Mapping) else ()
-        ratings = [_number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, Mapping)]
-        known = [rating for rating in ratings if rating is not None]
-        if not known:
-            raise BadRow("a completion has neither overall_score nor annotation ratings", f"number {number}")
-        score = sum(known) / len(known)
-    return response, score
+        found = annotations.get("harmlessness") if isinstance(annotations, Mapping) else None
+        rating = _rating(found[0] if isinstance(found, list) and found else found)
+        if rating is None:
+            raise BadRow("a completion has no harmlessness rating", f"number {number}")
+        scored.append((response, rating))
+    (chosen, best), (rejected, worst) = (pick(scored, key=lambda each: each[1]) for pick in (max, min))
+    if best == worst:
+        return Parsed(prompt_id(base), [], reason="no pair: the completions are equally harmless")
+    return pair(prompt_id(base), answered(base, chosen), answered(base, rejected))
+
+
+def _completions(value: Any) -> list[tuple[Mapping[str, Any], str]]:
+    """Each completion with its response."""
+    if not isinstance(value, list) or not value:
+        raise BadRow("completions is not a list of completions", f"found {type(value).__name__}")
+    for number, completion in enumerate(value, start=1):
+        if not isinstance(completion, Mapping) or "response" not in completion:
+            raise BadRow("a completion has no response", f"number {number}")
+    return [(completion, text(completion["response"], "response")) for completion in value]
+
+
+def _overall_score(completion: Mapping[str, Any], number: int) -> float:
+    score = _number(completion.get("overall_score"))
+    if score is not None:
+        return score
+    annotations = completion.get("annotations")
+    aspects = annotations.values() if isinstance(annotations, Mapping) else ()
+    known = [rating for aspect in aspects if (rating := _rating(aspect)) is not None]
+    if not known:
+        raise BadRow("a completion has neither overall_score nor annotation ratings", f"number {number}")
+    return sum(known) / len(known)
+
+
+def _rating(aspect: Any) -> float | None:
+    return _number(aspect.get("Rating")) if isinstance(aspect, Mapping) else None
 
 
 def _number(value: Any) -> float | None:
@@ -154,7 +120,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if abs(number) < float("inf") else None  # NaN compares false
 
@@ -168,7 +134,7 @@ def _whole_pair(chosen: Conversation, rejected: Conversation) -> Parsed:
     shared = shared_prefix(chosen, rejected)
     if chosen != rejected and not root(shared):
         raise BadRow("chosen and rejected do not start with the same user message")
-    return _pair(_prompt_id(shared), chosen, rejected)
+    return pair(prompt_id(shared), chosen, rejected)
 
 
 def preference(row: Mapping[str, Any], kind: Kind) -> Parsed:
@@ -184,7 +150,7 @@ def preference(row: Mapping[str, Any], kind: Kind) -> Parsed:
         return _whole_pair(messages(row["chosen"], "chosen"), messages(row["rejected"], "rejected"))
     base = prompt(row["prompt"], "prompt")
     chosen, rejected = (_continued(base, row[name], name) for name in ("chosen", "rejected"))
-    return _pair(_prompt_id(base), chosen, rejected)
+    return pair(prompt_id(base), chosen, rejected)
 
 
 def _continued(base: Conversation, value: Any, name: str) -> Conversation:
@@ -201,7 +167,7 @@ def unpaired(row: Mapping[str, Any], kind: Kind) -> Parsed:
     if row["label"] not in (True, False, 0, 1):
         raise BadRow("label is neither true nor false", f"found {row['label']!r}")
     conversation = check(_continued(base, row["completion"], "completion"), "completion")
-    return Parsed(_prompt_id(base), [conversation], [(0, None) if row["label"] else (None, 0)])
+    return Parsed(prompt_id(base), [conversation], [(0, None) if row["label"] else (None, 0)])
 
 
 def conversation_messages(row: Mapping[str, Any], kind: Kind) -> Parsed:
@@ -221,7 +187,7 @@ def prompt_completion(row: Mapping[str, Any], kind: Kind) -> Parsed:
     if row.get("system"):
         base = (Message("system", text(row["system"], "system")), *base)
     conversation = check(_continued(base, row["completion"], "completion"), "completion")
-    return Parsed(_prompt_id(base), [conversation])
+    return Parsed(prompt_id(base), [conversation])
 
 
 def gsm8k_solutions(row: Mapping[str, Any], kind: Kind) -> Parsed:
@@ -232,21 +198,26 @@ def gsm8k_solutions(row: Mapping[str, Any], kind: Kind) -> Parsed:
         if isinstance(value, Mapping) and {"is_correct", "solution"} <= value.keys():
             if not isinstance(value["is_correct"], bool):
                 raise BadRow("is_correct is neither true nor false", f"{name} has {value['is_correct']!r}")
-            scored.append((text(value["solution"], "solution"), float(value["is_correct"])))
+            solution = answered(base, text(value["solution"], "solution"))
+            scored.append((solution, float(value["is_correct"])))
     if not scored:
         raise BadRow("the row has no model solution", "a field holding {is_correct, solution} is needed")
     if kind == "comparison":
-        return _best_against_rest(base, scored, "no pair: the solutions are all correct or all incorrect")
-    correct = [(*base, Message("assistant", solution)) for solution, is_correct in scored if is_correct]
-    return Parsed(_prompt_id(base), correct, reason="no correct solution")
+        return best_against_rest(base, scored, "no pair: the solutions are all correct or all incorrect")
+    correct = [solution for solution, is_correct in scored if is_correct]
+    return Parsed(prompt_id(base), correct, reason="no correct solution")
 
 
 FORMATS: dict[str, Format] = {
     "ultrainteract_sft": Format(ultrainteract_sft, ("sequence",), ("parent_id", "instruction", "response")),
     "ultrainteract_pair": Format(
-        ultrainteract_pair, ("comparison",), ("id", "parent_id", "trajectory", "chosen", "rejected")
+        ultrainteract_pair,
+        ("comparison",),
+        ("id", "parent_id", "trajectory", "chosen", "rejected"),
+        turns=True,
     ),
     "ultrafeedback": Format(ultrafeedback, ("comparison",), ("instruction", "completions")),
+    "ultrasafety": Format(ultrasafety, ("comparison",), ("instruction", "completions")),
     "hh_rlhf": Format(hh_rlhf, ("comparison",), ("chosen", "rejected")),
     "preference": Format(preference, ("comparison",), ("chosen", "rejected"), ("prompt",)),
     "unpaired": Format(unpaired, ("comparison",), ("prompt", "completion", "label")),
@@ -255,4 +226,12 @@ FORMATS: dict[str, Format] = {
     ),
     "prompt_completion": Format(prompt_completion, ("sequence",), ("prompt", "completion"), ("system",)),
     "gsm8k_solutions": Format(gsm8k_solutions, ("sequence", "comparison"), ("question",)),
+    "mint": Format(mint, ("sequence", "comparison"), ("prompt", "trajectories")),
+    "nodes": Format(
+        nodes,
+        ("sequence", "comparison"),
+        ("nodes",),
+        ("prompt", "comparisons", *(f"nodes.{name}" for name in NODE_FIELDS)),
+    ),
+    "oasst": Format(oasst, ("sequence", "comparison"), ("prompt",)),
 }

@@ -1,14 +1,22 @@
 """Counts everything that did not reach training, so that nothing is dropped silently."""
 
+from __future__ import annotations
+
+import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 
 @dataclass
 class Report:
     """What was skipped or truncated, by reason, and the first place where each reason was met.
 
-    counts: rows (or sequences) per entry; an entry reads "skipped: <reason>" or "truncated: <reason>".
+    The first place is that of the lowest file name and row, not of the first call: reports of parallel readers merge
+    to the same whole in any order.
+
+    counts: rows (or sequences) per entry; an entry reads "skipped: <reason>", "truncated: <reason>" or
+        "noted: <reason>".
     examples: entry -> first place, such as "train.jsonl:12".
     """
 
@@ -17,18 +25,45 @@ class Report:
 
     def skip(self, reason: str, where: str) -> None:
         """Counts one thing that was left out; `reason` is a class of rows, never the text of one row."""
-        self._add(f"skipped: {reason}", where)
+        self.add(f"skipped: {reason}", where)
 
     def truncate(self, reason: str, where: str) -> None:
         """Counts one thing that was shortened."""
-        self._add(f"truncated: {reason}", where)
+        self.add(f"truncated: {reason}", where)
+
+    def note(self, reason: str, where: str) -> None:
+        """Counts one thing that was kept although it is not as it should be."""
+        self.add(f"noted: {reason}", where)
+
+    def add(self, entry: str, where: str, count: int = 1) -> None:
+        """Counts `count` things under a whole entry."""
+        self.counts[entry] += count
+        self.examples[entry] = min(self.examples.get(entry, where), where, key=_place)
+
+    def merge(self, other: Report) -> None:
+        """Adds what another report counted."""
+        for entry, count in other.counts.items():
+            self.add(entry, other.examples[entry], count)
 
     def lines(self) -> list[str]:
         """One line per reason, the most frequent first; empty when nothing was left out."""
-        return [
-            f"{entry}: {count} (first: {self.examples[entry]})" for entry, count in self.counts.most_common()
-        ]
+        by_count = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        return [f"{entry}: {count} (first: {self.examples[entry]})" for entry, count in by_count]
 
-    def _add(self, entry: str, where: str) -> None:
-        self.counts[entry] += 1
-        self.examples.setdefault(entry, where)
+    def to_json(self) -> str:
+        """One line: entry -> [count, first place]."""
+        return json.dumps({entry: [count, self.examples[entry]] for entry, count in self.counts.items()})
+
+    @classmethod
+    def from_json(cls, line: str) -> Report:
+        """The report `to_json` was called on."""
+        report = cls()
+        for entry, (count, where) in json.loads(line).items():
+            report.add(entry, where, count)
+        return report
+
+
+def _place(where: str) -> tuple[tuple[str, ...], int, str]:
+    """Orders "file:row" as files are read: by the parts of the path, then by row."""
+    name, _, row = where.rpartition(":")
+    return (PurePosixPath(name).parts, int(row), "") if row.isdecimal() else ((where,), 0, where)

@@ -5,14 +5,13 @@ S tokens of the tree, N sequences, L scored positions.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.chat import TokenSequence
+from silva.engine.data.group import TokenGroup
 
 Ints = NDArray[np.int32]
 
@@ -21,7 +20,7 @@ Ints = NDArray[np.int32]
 class Tree:
     """One merged group; indices are relative to the tree's first token.
 
-    Sequences keep the order they were given in; equal sequences are stored once and still count each.
+    Sequences keep the order of their group; equal sequences are stored once and still count each.
     """
 
     tokens: Ints  # (S,)
@@ -40,74 +39,108 @@ class Tree:
         return len(self.tokens)
 
 
-def _depth_first_order(sequences: Sequence[TokenSequence]) -> tuple[list[int], list[int]]:
-    """Order in which sequences are laid out, and how many tokens each shares with its predecessor.
+@dataclass(slots=True)
+class _Path:
+    """The current sequence's way through the tree: stretches of neighbouring indices, found without its tokens.
 
-    In lexicographic order every shared prefix is shared by neighbours, so appending what each sequence adds
-    to its predecessor *is* the depth-first layout of the radix tree.
+    A group's tokens already lie depth-first, so following the shared lengths from sequence to sequence gives
+    every token's subtree and parent. Each stretch is opened and closed once: the work is linear in sequences.
     """
-    # big-endian bytes compare as the token ids do, and Python compares bytes in C
-    keys = [s.tokens.astype(">u4").tobytes() for s in sequences]
-    order = sorted(range(len(sequences)), key=keys.__getitem__)
-    shared = [0]
-    for before, after in itertools.pairwise(order):
-        a, b = sequences[before].tokens, sequences[after].tokens
-        n = min(len(a), len(b))
-        differs = a[:n] != b[:n]
-        shared.append(int(differs.argmax()) if differs.any() else n)
-    return order, shared
+
+    subtree_end: Ints
+    depth: list[int] = field(default_factory=list)  # at which each stretch begins
+    index: list[int] = field(default_factory=list)  # of its first token
+    length: int = 0  # tokens on the path
+    # indices at which a radix node or a run of scoring begins
+    borders: list[int] = field(default_factory=list)
+
+    def at(self, depth: int) -> int:
+        """Index of the token at a depth of the last stretch."""
+        return self.index[-1] + depth - self.depth[-1]
+
+    def leave(self, depth: int, end: int) -> None:
+        """Cut the path to `depth` tokens; the subtrees of those behind it end at `end`."""
+        while self.depth and self.depth[-1] >= depth:
+            first = self.index[-1]
+            self.subtree_end[first : self.at(self.length)] = end
+            self.length = self.depth.pop()
+            self.index.pop()
+        if self.length > depth:  # the branching point lies within a stretch
+            first = self.at(depth)
+            self.subtree_end[first : self.at(self.length)] = end
+            self.borders.append(first)
+            self.length = depth
+
+    def extend(self, index: int, length: int) -> None:
+        """Go on with new tokens from `index` until the path has `length`."""
+        self.depth.append(self.length)
+        self.index.append(index)
+        self.borders.append(index)
+        self.length = length
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The tokens at depths [start, stop) as ranges of indices."""
+        found = []
+        k = bisect_right(self.depth, start) - 1
+        while start < stop:
+            end = min(stop, self.depth[k + 1]) if k + 1 < len(self.depth) else stop
+            first = self.index[k] + start - self.depth[k]
+            found.append((first, first + end - start))
+            start, k = end, k + 1
+        return found
 
 
-def merged_size(sequences: Sequence[TokenSequence]) -> int:
-    """Tokens of the tree that `merge` would build."""
-    order, shared = _depth_first_order(sequences)
-    return sum(len(sequences[k].tokens) - n for k, n in zip(order, shared, strict=True))
-
-
-def merge(sequences: Sequence[TokenSequence]) -> Tree:
-    """Merge sequences token by token into one radix tree, laid out depth-first.
+def merge(group: TokenGroup) -> Tree:
+    """Merge a group's sequences token by token into one radix tree, laid out in the group's depth-first order.
 
     Two sequences share a token iff all tokens up to it are equal. Whether a token is scored belongs to the
     sequence, not to the token: an action can be one sequence's response and another's history.
     """
-    order, shared = _depth_first_order(sequences)
-    size = sum(len(sequences[k].tokens) - n for k, n in zip(order, shared, strict=True))
-    tokens, position, parent, end = (np.zeros(size, np.int32) for _ in range(4))
-    scored = np.zeros(size, bool)
-    starts_run = np.zeros(size, bool)
-    paths: list[Ints] = [np.zeros(0, np.int32)] * len(sequences)
-    placed, previous = 0, np.zeros(0, np.int32)
-    for k, n in zip(order, shared, strict=True):
-        sequence = sequences[k]
-        added = len(sequence.tokens) - n
-        path = np.concatenate([previous[:n], np.arange(placed, placed + added, dtype=np.int32)])
-        tokens[path[n:]] = sequence.tokens[n:]
-        position[path[n:]] = np.arange(n, n + added)
-        parent[path[1:]] = path[:-1]
-        # a radix node begins where a sequence leaves its predecessor, on both branches
-        starts_run[path[n : n + 1]] = True
-        starts_run[previous[n : n + 1]] = True
-        # within a node, a run of scored tokens ends where any sequence's scoring changes
-        starts_run[path[1:][sequence.scored[1:] != sequence.scored[:-1]]] = True
-        scored[path] |= sequence.scored
-        placed += added
-        end[path] = placed  # later sequences through the same token move its end on
-        paths[k] = previous = path
+    size = len(group.tokens)
+    added = group.length - group.shared
+    begin = np.cumsum(added) - added  # index of the first token each sequence adds
+    index = np.arange(size, dtype=np.int32)
+    parent = index - 1
+    path = _Path(np.full(size, size, np.int32))
+    last, scored_pieces, pieces_of = [], [], []
+    pointer, runs = group.run_pointer.tolist(), group.runs.tolist()
+    for k, (start, shared, length) in enumerate(
+        zip(begin.tolist(), group.shared.tolist(), group.length.tolist(), strict=True)
+    ):
+        path.leave(shared, start)
+        if length > shared:
+            if path.depth:
+                parent[start] = path.at(shared) - 1
+            path.extend(start, length)
+        last.append(path.at(length) - 1)
+        pieces = [piece for run in runs[pointer[k] : pointer[k + 1]] for piece in path.pieces(*run)]
+        scored_pieces += pieces
+        pieces_of.append(len(pieces))
 
-    run = np.cumsum(starts_run, dtype=np.int32) - 1
+    ranges = np.array(scored_pieces, np.int64).reshape(-1, 2)
+    scored, starts = np.zeros((2, size + 1), bool)
+    for piece in scored_pieces:
+        scored[slice(*piece)] = True
     positions = np.flatnonzero(scored).astype(np.int32)
-    runs, span = np.unique(run[positions], return_inverse=True)
-    spans = [np.unique(run[path[s.scored]]) for path, s in zip(paths, sequences, strict=True)]
+    starts[path.borders] = True
+    starts[ranges] = True
+    run = np.cumsum(starts)[positions]
+    span = np.cumsum(np.diff(run, prepend=run[:1]) != 0, dtype=np.int32)
+    # a piece is scored throughout, so its spans are neighbours
+    first, final = (span[np.searchsorted(positions, edge)] for edge in (ranges[:, 0], ranges[:, 1] - 1))
+    spans = final - first + 1
+    before = np.cumsum(spans) - spans
+    pointers = np.append(0, np.cumsum(spans))[np.cumsum([0, *pieces_of])]
     return Tree(
-        tokens=tokens,
-        position=position,
-        subtree_end=end,
+        tokens=group.tokens,
+        position=index - np.repeat(begin - group.shared, added).astype(np.int32),
+        subtree_end=path.subtree_end,
         source=parent[positions],
-        target=tokens[positions],
-        span=span.astype(np.int32),
-        span_pointer=np.cumsum([0, *map(len, spans)], dtype=np.int32),
-        span_index=np.searchsorted(runs, np.concatenate([*spans, np.zeros(0, np.int32)])).astype(np.int32),
-        last=np.array([path[-1] for path in paths], np.int32),
-        unrolled=sum(len(s.tokens) for s in sequences),
-        scored=np.array([int(s.scored.sum()) for s in sequences], np.int32),
+        target=group.tokens[positions],
+        span=span,
+        span_pointer=pointers.astype(np.int32),
+        span_index=(np.arange(spans.sum()) + np.repeat(first - before, spans)).astype(np.int32),
+        last=np.array(last, np.int32),
+        unrolled=int(group.length.sum()),
+        scored=group.scored,
     )

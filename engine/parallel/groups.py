@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def _join_world() -> None:
     """torchrun's world where its variables are set, else a world of this one process."""
     global _store, _worlds
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if _store is None:
@@ -109,6 +110,18 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size()
+
+
+def local_rank() -> int:
+    """This process among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def wait_for_all() -> None:
+    """A barrier on the host that allows for hours: what one process does for all of them may take long."""
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
 
 
 def data_rank() -> int:

@@ -3,12 +3,27 @@
 import gzip
 import itertools
 import json
+import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from silva.engine.data.formats import FORMATS, Comparison, Message, Report, read_groups
+from silva.engine.data.files import open_rows
+from silva.engine.data.formats import (
+    FORMATS,
+    Comparison,
+    Message,
+    Report,
+    assemble,
+    check_source,
+    parse_row,
+    read_groups,
+)
+from silva.engine.data.readers import Parsed
 from silva.engine.errors import UserError
 
 
@@ -21,6 +36,8 @@ class Source:
     split: str = "train"
     limit: int | None = None
     absolute: bool = False
+    single_turn_pairs: bool = False
+    single_turn_seed: int = 0
     columns: dict[str, str] = field(default_factory=dict)
 
 
@@ -189,6 +206,117 @@ def test_another_root_in_one_tree_is_malformed(tmp_path):
         read(path, "ultrainteract_pair")
 
 
+def test_a_turn_whose_parent_has_no_row_is_used_and_noted(tmp_path):
+    """UltraInteract has no row for a turn without a correct action."""
+    without_second = [pair_row(3), pair_row(1), pair_row(2, parent_id="other", rejected="x")]
+    report = Report()
+    groups = read(write(tmp_path, without_second), "ultrainteract_pair", report=report)
+    assert [len(group.comparisons) for group in groups] == [2, 1]
+    assert report.lines() == [
+        "noted: the trajectory continues an action that no row of its tree rejects: 2 (first: rows.jsonl:1)"
+    ]
+    report = Report()
+    read(write(tmp_path, [pair_row(3), pair_row(1), pair_row(2)]), "ultrainteract_pair", report=report)
+    assert not report.counts
+
+
+def test_the_row_of_the_eurus_readme(shared_data, tmp_path):
+    """A row as its authors print it: turn 3 of 5, alone."""
+    page = (shared_data / "ultrainteract_readme" / "Eurus_README.md").read_text(encoding="utf-8")
+    text = page[page.index("## Preference Learning") :]
+    text = text[text.index("{") : text.index("```\n", text.index("{"))]
+    text = re.sub(r'(?m)(?<=[",\]{}\[])\s*//.*$', "", text)  # its comments
+    row = json.loads(re.sub(r",\s*}", "}", re.sub(r']\s*"chosen"', '],"chosen"', text)), strict=False)
+    report = Report()
+    (group,) = read(write(tmp_path, [row]), "ultrainteract_pair", report=report)
+    assert [len(one) for one in group.conversations] == [6, 6]
+    assert group.conversations[0][-1].content == row["chosen"]
+    assert list(report.counts.values()) == [1]
+    assert next(iter(report.counts)).startswith("noted: ")
+
+
+# ---- rows parsed here, merged there --------------------------------------------------------------
+
+
+def scattered_rows(seed):
+    """Rows of several trees in random order, some of them bad in themselves or in their tree."""
+    rng = random.Random(seed)
+    rows = [
+        pair_row(turn)
+        | {"parent_id": tree, "trajectory": [{"from": "user", "value": tree}, *TRAJECTORY[1 : 2 * turn - 1]]}
+        for tree in "abcdefg"
+        for turn in rng.sample([1, 2, 3], rng.randint(1, 3))
+    ]
+    stranger = pair_row(1, parent_id="a", trajectory=[{"from": "user", "value": "?"}])
+    rows += [pair_row(1, id="x"), pair_row(1, chosen=" "), stranger]
+    rng.shuffle(rows)
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shards_of_whole_trees_give_the_groups_of_one_reading(tmp_path, seed):
+    path = write(tmp_path, scattered_rows(seed))
+    source = Source(path, "ultrainteract_pair", absolute=True, single_turn_pairs=True)
+    whole = Report()
+    expected = list(read_groups(source, kind="comparison", on_bad_row="skip", report=whole))
+
+    rules = (source, check_source(source, "comparison"), "comparison", "skip")
+    report, spooled = Report(), []
+    for row in open_rows(path, "train"):
+        parsed = parse_row(row, *rules, report)
+        if parsed is not None:
+            line = parsed.to_json().encode()
+            assert b"\n" not in line
+            assert Parsed.from_json(line.decode()) == parsed
+            spooled.append((row.origin, line.decode()))
+    found = []
+    reports = [report]
+    for trees in ("adg", "be", "cf?"):
+        reports.append(Report())
+        shard = [(origin, Parsed.from_json(line)) for origin, line in spooled]
+        shard = [(origin, parsed) for origin, parsed in shard if parsed.group in trees]
+        found += assemble(shard, *rules, reports[-1])
+    assert sorted(found, key=lambda group: group.id) == sorted(expected, key=lambda group: group.id)
+    random.Random(seed).shuffle(reports)
+    merged = Report()
+    for part in reports:
+        merged.merge(Report.from_json(part.to_json()))
+    assert merged.lines() == whole.lines()
+    assert sum(merged.counts.values()) >= 3
+
+
+messages = st.builds(Message, st.sampled_from(["user", "assistant"]), st.text(max_size=5))
+conversations = st.lists(st.lists(messages, max_size=4).map(tuple), max_size=5)
+sides = st.none() | st.integers(0, 9)
+
+
+@given(st.text(), conversations, st.lists(st.tuples(sides, sides)))
+def test_a_parsed_row_survives_json(group, said, pairs):
+    parsed = Parsed(group, said, pairs)
+    line = parsed.to_json()
+    assert "\n" not in line
+    assert Parsed.from_json(line.encode().decode()) == parsed
+
+
+def test_reports_merge_to_the_same_whole_in_any_order():
+    first, second, third = Report(), Report(), Report()
+    first.skip("a", "x/train.jsonl:10")
+    first.truncate("b", "x/train.jsonl:3")
+    second.skip("a", "x/train.jsonl:9")
+    second.add("skipped: a", "x/a/z.jsonl:70", 4)
+    third.note("c", "hub/name:1")
+    for order in itertools.permutations([first, second, third]):
+        merged = Report()
+        for part in order:
+            merged.merge(part)
+        assert merged.lines() == [
+            "skipped: a: 6 (first: x/a/z.jsonl:70)",
+            "noted: c: 1 (first: hub/name:1)",
+            "truncated: b: 1 (first: x/train.jsonl:3)",
+        ]
+    assert Report().lines() == Report.from_json(Report().to_json()).lines() == []
+
+
 # ---- the other formats ---------------------------------------------------------------------------
 
 
@@ -233,6 +361,7 @@ def test_ultrafeedback_without_a_pair_is_counted(tmp_path):
         ("x", "not a list"),
         ([], "not a list"),
         ([{"overall_score": 1}], "no response"),
+        ([{"response": "a", "overall_score": 10**400}], "neither overall_score nor annotation"),
         (
             [{"response": "a", "annotations": {"x": {"Rating": "N/A"}}}],
             "neither overall_score nor annotation",
@@ -246,6 +375,52 @@ def test_ultrafeedback_without_a_pair_is_counted(tmp_path):
 def test_malformed_ultrafeedback(tmp_path, completions, words):
     with pytest.raises(UserError, match=words):
         read(write(tmp_path, [{"instruction": "q", "completions": completions}]), "ultrafeedback")
+
+
+def safety(*ratings):
+    return [
+        {
+            "response": f"{number}",
+            "annotations": {"harmlessness": [{"Rating": rating}], "honesty": {"Rating": "5"}},
+        }
+        for number, rating in enumerate(ratings)
+    ]
+
+
+def test_ultrasafety_gives_one_pair_for_an_instruction(tmp_path):
+    """The data set's own shape: an annotation is a list of one, ratings are text."""
+    rows = [
+        {"instruction": "q", "prompt": "jailbreak q", "completions": safety("1", "0", "1", "0")},
+        {"instruction": "r", "prompt": "jailbreak r", "completions": safety("0", "0")},
+        {"instruction": "s", "completions": safety("0", "1")},
+    ]
+    rows[2]["completions"][0]["annotations"]["harmlessness"] = {"Rating": 0}
+    report = Report()
+    groups = read(write(tmp_path, rows), "ultrasafety", report=report)
+    assert [group.conversations for group in groups] == [
+        [(user("q"), assistant("0")), (user("q"), assistant("1"))],
+        [(user("s"), assistant("1")), (user("s"), assistant("0"))],
+    ]
+    assert all(group.comparisons == [Comparison(0, 1)] for group in groups)
+    assert report.lines() == [
+        "skipped: no pair: the completions are equally harmless: 1 (first: rows.jsonl:2)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("completions", "words"),
+    [
+        ("x", "not a list"),
+        ([3], "no response: number 1"),
+        ([{"response": "a"}], "no harmlessness rating: number 1"),
+        (safety("1", "N/A"), "no harmlessness rating: number 2"),
+        ([{"response": "a", "annotations": {"harmlessness": []}}], "no harmlessness rating: number 1"),
+        ([one | {"response": "a"} for one in safety("1", "0")], "chosen equals rejected"),
+    ],
+)
+def test_malformed_ultrasafety(tmp_path, completions, words):
+    with pytest.raises(UserError, match=words):
+        read(write(tmp_path, [{"instruction": "q", "completions": completions}]), "ultrasafety")
 
 
 def test_hh_rlhf(tmp_path):

@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_bit_for_bit(objective, model, data, tmp_path):
     assert not (tmp_path / "killed" / "export").exists()
 
     world(1, run, killed)
-    timing = {"seconds", "tokens_per_second", "unrolled_tokens_per_second"}
+    timing = {"seconds", "tokens_per_second", "unrolled_tokens_per_second", "data_wait"}
     for ours, expected in zip(
         tiny.history(tmp_path / "killed"), tiny.history(tmp_path / "whole"), strict=True
     ):

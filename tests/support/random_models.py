@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from silva.engine.config import Parallel
-from silva.engine.data import packing, tree
+from silva.engine.data import packing
 from silva.engine.data.chat import TokenSequence
+from silva.engine.data.group import ABSENT, TokenGroup
+from silva.engine.data.tree import Tree, merge
 from silva.engine.model import gpt, hf
 
 VOCABULARY = 251  # odd: every tensor-parallel layout pads it
@@ -77,12 +80,25 @@ def sequences(count: int, seed: int) -> list[TokenSequence]:
     return found
 
 
+def merge_in_order(sequences: Sequence[TokenSequence]) -> Tree:
+    """The merged tree, its sequences in the order they are given in."""
+    # a comparison with nothing tells where a group has put each sequence
+    group = TokenGroup.of(sequences, [(k, ABSENT) for k in range(len(sequences))])
+    made, place = merge(group), group.comparisons[:, 0]
+    spans = [made.span_index[made.span_pointer[k] : made.span_pointer[k + 1]] for k in place]
+    return replace(
+        made,
+        span_pointer=np.cumsum([0, *map(len, spans)]).astype(np.int32),
+        span_index=np.concatenate([made.span_index[:0], *spans]),
+        last=made.last[place],
+        scored=made.scored[place],
+    )
+
+
 def row(members: Sequence[Sequence[TokenSequence]], *, multiple: int = 4) -> packing.TreeBatch:
     """One packed row with one tree for each group of sequences."""
-    pieces = [
-        packing.Piece(tree.merge(m), np.arange(len(m)), np.zeros((0, 2), np.int32), np.zeros(0, bool))
-        for m in members
-    ]
+    none = np.zeros((0, 2), np.int32), np.zeros(0, bool)
+    pieces = [packing.Piece(merge_in_order(m), np.arange(len(m)), *none) for m in members]
     return packing.pack_row(pieces, multiple=multiple, pad_id=0)
 
 

@@ -1,0 +1,303 @@
+"""Rows of one global batch, spread over data-parallel ranks so that the slowest is little slower than the mean.
+
+A row is one micro-batch. Ranks work through their rows side by side and then wait for each other, so what counts is
+the largest sum of costs on one rank. Every function is deterministic: all ranks come to the same plan by themselves.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from silva.engine.data.splitting import Part, Size
+
+TOLERANCE = 0.01  # the slowest rank is left alone when it is this near the mean
+PROBES = 6  # of the limit above which trees are cut
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What a tree costs: so much a token, so much a visible pair (a token and itself or an ancestor of it).
+
+    Attention tiles need no term of their own: a tree's tiles are its pairs and, along their edges, a number that
+    grows with its tokens.
+    """
+
+    token: float
+    pair: float
+
+    def __call__(self, tokens: int, pairs: int) -> float:
+        return self.token * tokens + self.pair * pairs
+
+
+BY_TOKENS = CostModel(token=1.0, pair=0.0)
+
+
+def row_cost_model(
+    *,
+    hidden: int,
+    layers: int,
+    ffn: int,
+    heads: int,
+    head_dim: int,
+    kv_heads: int,
+    vocab: int,
+    scored: float = 0.5,
+) -> CostModel:
+    """The floating-point operations of a forward and a backward pass of a Llama-shaped model.
+
+    A weight takes 2 operations a token forward and 4 backward; a visible pair 4 `head_dim` a head forward (scores and
+    values) and 10 backward (the scores once more, and the gradients of probabilities, values, queries and keys).
+
+    Args:
+        scored: share of the tokens that are scored, which alone pass through the vocabulary's matrix.
+    """
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    weights = layers * (attention + 3 * hidden * ffn) + scored * hidden * vocab
+    return CostModel(token=6.0 * weights, pair=14.0 * layers * heads * head_dim)
+
+
+def fit_cost_model(tokens: ArrayLike, pairs: ArrayLike, seconds: ArrayLike) -> CostModel:
+    """The cost model nearest to measured rows by least squares, no coefficient below zero.
+
+    A constant time per row is fitted with it and left out: every rank has the same number of rows.
+
+    Args:
+        tokens, pairs, seconds: (n,) of each measured row.
+    """
+    columns = np.stack([np.asarray(tokens, float), np.asarray(pairs, float), np.ones(np.size(tokens))], 1)
+    scale = columns.max(0)
+    target = np.asarray(seconds, float)
+    best, least = np.zeros(3), np.inf
+    # with three columns the non-negative optimum is the best among the plain optima of all their subsets
+    for use in itertools.product([False, True], repeat=3):
+        found = np.zeros(3)
+        found[list(use)] = np.linalg.lstsq((columns / scale)[:, use], target, rcond=None)[0]
+        error = float(((columns / scale) @ found - target) @ ((columns / scale) @ found - target))
+        if (found >= 0).all() and error < least:
+            best, least = found / scale, error
+    return CostModel(token=float(best[0]), pair=float(best[1]))
+
+
+def tiles_visited(subtree_end: NDArray[np.int32], block_q: int, block_k: int) -> int:
+    """How many (block_q x block_k) tiles of a row's attention matrix hold a visible pair.
+
+    Args:
+        subtree_end: (S,) of a row; token i sees j iff `j <= i < subtree_end[j]`.
+    """
+    if not len(subtree_end):
+        return 0
+    first = np.arange(0, len(subtree_end), block_k)
+    # every key is seen by itself and on to its end, so the queries that see a block of keys are neighbours
+    last = np.maximum.reduceat(subtree_end, first).astype(np.int64) - 1
+    return int((last // block_q - first // block_q + 1).sum())
+
+
+def spread(
+    parts: Sequence[Part], cost: CostModel, *, ranks: int, row_length: int, multiple: int = 1
+) -> list[list[list[Part]]]:
+    """Parts of trees into rows: rank -> row -> parts, equally many rows on every rank, the ranks' costs near-equal.
+
+    The number of rows is the least that was found to hold the parts; empty rows make it up. Where whole trees leave
+    the slowest rank behind, trees are cut further: that repeats tokens, but moves work to ranks that would wait.
+    How much a tree may cost uncut is bisected, as MULTIFIT does with the size of bins (Coffman, Garey, Johnson 1978).
+
+    Args:
+        multiple: of rows per rank.
+
+    Raises:
+        ValueError: a single unit is longer than a row.
+    """
+
+    def cut(limit: float) -> list[Part]:
+        def fits(size: Size) -> bool:
+            return size[0] <= row_length and cost(*size) <= limit
+
+        found = []
+        for part in parts:
+            found += [part] if fits((part.tokens, part.pairs)) else part.cut(fits)
+        return found
+
+    items = cut(math.inf)
+    longest = max((item.tokens for item in items), default=0)
+    if longest > row_length:
+        raise ValueError(f"a unit of {longest} tokens does not fit a row of {row_length}")
+    rows = max(1, -(-sum(item.tokens for item in items) // (ranks * row_length * multiple))) * multiple
+    while (plan := _arrange(items, cost, ranks, rows, row_length)) is None:
+        rows += multiple
+    low, high = sum(plan.loads) / ranks, max(plan.loads)
+    for _ in range(PROBES):
+        if max(plan.loads) <= (1 + TOLERANCE) * low:
+            break
+        limit = (low + high) / 2
+        other = _arrange(cut(limit), cost, ranks, rows, row_length)
+        reached = other is not None and max(other.loads) <= (1 + TOLERANCE) * limit
+        low, high = (low, limit) if reached else (limit, high)
+        if other is not None and max(other.loads) < max(plan.loads):
+            plan = other
+    return plan.by_rank()
+
+
+def _arrange(parts: list[Part], cost: CostModel, ranks: int, rows: int, row_length: int) -> _Table | None:
+    """The parts in rows, the ranks balanced; None if they find no room."""
+    tokens = [part.tokens for part in parts]
+    costs = [cost(part.tokens, part.pairs) for part in parts]
+    row = _by_cost(tokens, costs, ranks, rows, row_length)
+    if row is None:
+        row = _by_length(tokens, costs, ranks, rows, row_length)
+    if row is None:
+        return None
+    table = _Table(parts, row, cost, ranks, rows, row_length)
+    table.improve()
+    return table
+
+
+def _by_cost(
+    tokens: list[int], costs: list[float], ranks: int, rows: int, row_length: int
+) -> list[int] | None:
+    """Longest processing time first (Graham 1969): the costliest item to the rank with the least so far.
+
+    Within the rank it goes to the emptiest row, which keeps micro-batches alike.
+
+    Returns:
+        the row of each item, row r belonging to rank r // rows; None if an item finds no room.
+    """
+    place = [0] * len(tokens)
+    room = [[row_length] * rows for _ in range(ranks)]
+    loads = [(0.0, rank) for rank in range(ranks)]  # a heap
+    for item in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
+        full = []
+        while loads and max(room[loads[0][1]]) < tokens[item]:
+            full.append(heapq.heappop(loads))
+        if not loads:
+            return None
+        load, rank = loads[0]
+        row = room[rank].index(max(room[rank]))
+        place[item] = rank * rows + row
+        room[rank][row] -= tokens[item]
+        heapq.heapreplace(loads, (load + costs[item], rank))
+        for other in full:
+            heapq.heappush(loads, other)
+    return place
+
+
+def _by_length(
+    tokens: list[int], costs: list[float], ranks: int, rows: int, row_length: int
+) -> list[int] | None:
+    """Rows by first-fit decreasing (Johnson 1973: at most 11/9 of the fewest rows, plus one), dealt by cost.
+
+    Returns: as `_by_cost`.
+    """
+    filled: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(tokens)), key=lambda k: (-tokens[k], k)):
+        row = next((r for r, left in enumerate(room) if tokens[item] <= left), len(room))
+        if row == len(room):
+            if row == ranks * rows:
+                return None
+            filled.append([])
+            room.append(row_length)
+        filled[row].append(item)
+        room[row] -= tokens[item]
+    totals = [sum(costs[item] for item in row) for row in filled]
+    place = [0] * len(tokens)
+    loads = [(0.0, rank, rank * rows) for rank in range(ranks)]  # a heap: load, rank, its next row
+    for members in sorted(range(len(filled)), key=lambda r: (-totals[r], r)):
+        load, rank, row = heapq.heappop(loads)
+        for item in filled[members]:
+            place[item] = row
+        if row + 1 < (rank + 1) * rows:
+            heapq.heappush(loads, (load + totals[members], rank, row + 1))
+    return place
+
+
+# numbers of parts of one row, what their rank keeps of them, what it gives for each
+Way = tuple[tuple[int, ...], tuple[Part, ...], tuple[Part, ...]]
+
+
+class _Table:
+    """Parts in rows while they change places; row r belongs to rank r // rows."""
+
+    def __init__(
+        self, parts: list[Part], row: list[int], cost: CostModel, ranks: int, rows: int, row_length: int
+    ) -> None:
+        self.parts, self.cost, self.ranks, self.rows, self.row_length = parts, cost, ranks, rows, row_length
+        self.row = np.array(row, np.int64)  # of each part
+        self.owner = np.repeat(np.arange(ranks), rows)  # the rank of each row
+        self._count()
+
+    def _count(self) -> None:
+        self.tokens = np.array([part.tokens for part in self.parts], np.int64)
+        self.costs = np.array([self.cost(part.tokens, part.pairs) for part in self.parts], float)
+        self.loads = np.bincount(self.owner[self.row], self.costs, self.ranks)
+
+    def improve(self) -> None:
+        """Relieve the slowest rank, by exchange or else by cutting, until it is near the mean or nothing helps."""
+        while max(self.loads) > (1 + TOLERANCE) * sum(self.loads.tolist()) / self.ranks:
+            slowest = int(self.loads.argmax())
+            mine = np.flatnonzero(self.owner[self.row] == slowest).tolist()
+            alone = [(number,) for number in mine]
+            twos = [two for two in itertools.combinations(mine, 2) if self.row[two[0]] == self.row[two[1]]]
+            whole: list[Way] = [(gone, (), tuple(self.parts[k] for k in gone)) for gone in alone + twos]
+            cut: Iterator[Way] = (
+                ((number,), (kept,), (given,))
+                for number in mine
+                for halves in self.parts[number].halves()
+                for kept, given in (halves, halves[::-1])
+            )
+            if not (self._exchange(slowest, whole) or self._exchange(slowest, list(cut))):
+                return
+            self._count()
+
+    def by_rank(self) -> list[list[list[Part]]]:
+        plan: list[list[list[Part]]] = [[[] for _ in range(self.rows)] for _ in range(self.ranks)]
+        for part, row in zip(self.parts, self.row.tolist(), strict=True):
+            plan[row // self.rows][row % self.rows].append(part)
+        return plan
+
+    def _exchange(self, slowest: int, ways: list[Way]) -> bool:
+        """Give something of the slowest rank's for a cheaper part, or for nothing, where the slower of both gains most.
+
+        Returns:
+            whether there was such an exchange.
+        """
+        if not ways:
+            return False
+        gone = [[self.parts[number] for number in way[0]] for way in ways]
+        own, kept, given = (self._sizes(side) for side in (gone, [w[1] for w in ways], [w[2] for w in ways]))
+        home = self.row[[way[0][0] for way in ways]]
+        room = self.row_length - np.bincount(self.row, self.tokens, len(self.owner))
+        # "nothing" is a part without tokens that lies in each row, the emptiest row's first
+        row = np.append(self.row, np.argsort(-room, kind="stable"))
+        tokens, costs = np.zeros(len(row)), np.zeros(len(row))
+        tokens[: len(self.parts)], costs[: len(self.parts)] = self.tokens, self.costs
+
+        here = self.loads[slowest] - own[1] + kept[1] + costs
+        there = self.loads[self.owner[row]] - costs + given[1]
+        peak = np.maximum(here, there)
+        fits = (tokens + kept[0] <= room[home, None] + own[0]) & (given[0] <= room[row] + tokens)
+        peak[~fits | (self.owner[row] == slowest)] = np.inf
+        # rounding must not let two ranks pass the same part back and forth
+        if peak.min() >= self.loads[slowest] * (1 - 1e-6):
+            return False
+        best, other = (int(k) for k in np.unravel_index(peak.argmin(), peak.shape))
+        numbers, rest, gifts = ways[best]
+        if other < len(self.parts):
+            self.row[other] = home[best]
+        for number, part in zip(numbers, gifts, strict=True):
+            self.parts[number], self.row[number] = part, row[other]
+        self.parts += rest
+        self.row = np.append(self.row, [home[best]] * len(rest)).astype(np.int64)
+        return True
+
+    def _sizes(self, bundles: Sequence[Sequence[Part]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Columns of tokens and costs of bundles of parts."""
+        tokens = [[float(sum(part.tokens for part in bundle))] for bundle in bundles]
+        costs = [[sum(self.cost(part.tokens, part.pairs) for part in bundle)] for bundle in bundles]
+        return np.array(tokens), np.array(costs, float)

@@ -1,0 +1,141 @@
+"""Finds training instructions that occur in test sets: by shared n-grams of words, or as exact substrings.
+
+Eurus, arXiv 2404.02078, appendix A.3: 8-gram matching of UltraInteract's instructions against the test sets, and for
+LeetCode BigCode's exact substring matching.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silva.engine.data.files import Row, open_rows
+from silva.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from silva.engine.config import Decontaminate, EvaluationSet
+
+# A word is a run of letters and digits; in scripts without spaces each character is one.
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2**64
+
+
+class Match(NamedTuple):
+    """Where an instruction was found: the test set's path, and the n-gram or the test text it holds."""
+
+    name: str
+    text: str
+
+
+class Decontaminator:
+    """Holds the test sets in a form that many processes can share.
+
+    Mode "ngram": an instruction matches if it shares `ngram` words in a row with a test text, letter case and
+    everything between words aside. A text of fewer words is compared as a whole: it matches only an instruction of
+    the same words. Mode "substring": an instruction matches if it holds a whole test text, letter case and the
+    amount of white space aside.
+
+    Attributes:
+        fingerprint: hex digest of the test texts and settings.
+
+    Raises:
+        UserError: a test set that cannot be opened, has no row, or a row without one of the fields.
+    """
+
+    def __init__(self, settings: Decontaminate) -> None:
+        self._ngram = settings.ngram if settings.mode == "ngram" else 0
+        self._names = [each.path for each in settings.against]
+        texts = [(number, text) for number, each in enumerate(settings.against) for text in _texts(each)]
+        digest = hashlib.blake2b(repr((settings.mode, self._ngram, self._names)).encode(), digest_size=16)
+        digest.update(repr(texts).encode())
+        self.fingerprint = digest.hexdigest()
+        if self._ngram:
+            hashes = [_hashes(_words(text), self._ngram) for _, text in texts]
+            owners = np.repeat([number for number, _ in texts], [len(each) for each in hashes])
+            self._hashes, first = np.unique(np.concatenate(hashes), return_index=True)
+            self._owners = owners[first].astype(np.int32)
+            return
+        folded = dict.fromkeys((_folded(text), number) for number, text in texts)
+        self._length = min(len(text) for text, _ in folded)
+        self._by_start: dict[str, list[tuple[str, int]]] = {}  # first `_length` letters -> test texts
+        for entry in folded:
+            self._by_start.setdefault(entry[0][: self._length], []).append(entry)
+
+    def match(self, instruction: str) -> Match | None:
+        """The first place of the instruction that occurs in a test set; None if none does."""
+        return self._shared_words(instruction) if self._ngram else self._held_text(instruction)
+
+    def _shared_words(self, instruction: str) -> Match | None:
+        words = _words(instruction)
+        hashes = _hashes(words, self._ngram)
+        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        hits = np.flatnonzero(self._hashes[places] == hashes)
+        if not len(hits):
+            return None
+        first = int(hits[0])
+        name = self._names[self._owners[places[first]]]
+        return Match(name, " ".join(words[first : first + self._ngram]))
+
+    def _held_text(self, instruction: str) -> Match | None:
+        folded = _folded(instruction)
+        for start in range(len(folded) - self._length + 1):
+            for text, number in self._by_start.get(folded[start : start + self._length], ()):
+                if folded.startswith(text, start):
+                    return Match(self._names[number], text)
+        return None
+
+
+def _texts(test: EvaluationSet) -> Iterator[str]:
+    """The fields of each row as one text."""
+    rows = 0
+    for row in open_rows(test.path, test.split):
+        rows += 1
+        yield "\n".join(_field(row, name, test.path) for name in test.fields)
+    if not rows:
+        raise UserError(f"data.decontaminate: {test.path} holds no rows")
+
+
+def _field(row: Row, name: str, path: str) -> str:
+    if row.fields is None:
+        raise UserError(f"data.decontaminate: {path}, {row.origin}: {row.problem} {row.detail}".rstrip())
+    value = row.fields.get(name)
+    if not isinstance(value, str) or not _words(value):
+        found = "it has " + ", ".join(row.fields) if value is None else f"found {value!r:.80}"
+        raise UserError(
+            f"data.decontaminate: {path}, {row.origin}: no words under field {name}; {found}; "
+            "set data.decontaminate.against.*.fields"
+        )
+    return value
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _hashes(words: Sequence[str], ngram: int) -> NDArray[np.uint64]:
+    """(max(1, W - ngram + 1),) 64-bit hashes of all n-grams of W words; of the whole, where it is shorter."""
+    each = np.array(
+        [
+            int.from_bytes(
+                hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+            )
+            for word in words
+        ],
+        np.uint64,
+    )
+    length = min(ngram, len(words))
+    whole = np.full(max(1, len(words) - ngram + 1), length, np.uint64)
+    for offset in range(length):
+        whole = whole * _BASE + each[offset : offset + len(whole)]
+    return whole

@@ -1,0 +1,128 @@
+"""A tree that is too long or too costly for one row, cut into parts that repeat as few tokens as possible."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silva.engine.data.group import TokenGroup
+
+Size = tuple[int, int]  # tokens of a tree, its visible pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some units of one tree that lie in one row. A unit is a sequence, or a comparison with its sequences."""
+
+    group: TokenGroup
+    ids: NDArray[np.int64]  # (N,) numbers of the group's sequences in the data set
+    needs: list[list[int]]  # sequences of each unit
+    compared: list[int]  # the comparison of each unit; empty where units are sequences
+    tokens: int
+    pairs: int  # visible: of a token and itself or an ancestor
+
+    @classmethod
+    def whole(
+        cls, group: TokenGroup, ids: NDArray[np.int64], needs: list[list[int]], compared: Sequence[int] = ()
+    ) -> Part:
+        """All given units."""
+        return cls(group, ids, needs, list(compared), *group.merged_size(_members(needs)))
+
+    @property
+    def members(self) -> NDArray[np.int64]:
+        """The sequences of the part, rising."""
+        return _members(self.needs)
+
+    def cut(self, fits: Callable[[Size], bool]) -> list[Part]:
+        """Parts that fit, with few tokens in all.
+
+        Units are put in order by the places of their sequences, and dynamic programming finds among all ways to cut
+        between neighbours one with the fewest tokens. Of several such orders the best counts: which sequences most
+        comparisons share differs from data to data.
+
+        **Bound.** Let U be the tokens of the whole, A of its largest unit, and D the most tokens that the units
+        before a place and those behind it share (for sequences: the longest common prefix of two neighbours).
+        Under a limit of R tokens, R > A + D, fewer than U D / (R - A - D) tokens are repeated.
+        Proof: fill parts one after the other, beginning a new one when the next unit does not fit. A part that is
+        followed by another has more than R - A tokens, of which at most D stand in earlier parts, so more than
+        R - A - D are new. The new tokens of all parts make up U, so fewer than U / (R - A - D) parts are followed
+        by another, and each of these gives rise to one repetition of at most D tokens. The best cut repeats no
+        more than this one.
+
+        Args:
+            fits: whether a part may have some size; false for every size larger than one it is false for.
+                A single unit is a part even if it does not fit.
+        """
+        ways = (self._cut(order, fits) for order in self._orders())
+        return min(ways, key=lambda parts: sum(part.tokens for part in parts))
+
+    def halves(self) -> Iterator[tuple[Part, Part]]:
+        """The ways to cut the part in two, between neighbours in the orders of `cut`."""
+        if len(self.needs) < 2:
+            return
+        for order in self._orders():
+            before, behind = list(self._growing(order)), list(self._growing(order[::-1]))[::-1]
+            for place in range(1, len(order)):
+                yield self._of(order[:place], before[place - 1]), self._of(order[place:], behind[place])
+
+    def _orders(self) -> list[tuple[int, ...]]:
+        rules: list[Callable[[int], list[int]]] = [
+            lambda unit: sorted(self.needs[unit]),
+            lambda unit: sorted(self.needs[unit], reverse=True),
+            lambda unit: self.needs[unit],
+            lambda unit: self.needs[unit][::-1],
+        ]
+        orders = (tuple(sorted(range(len(self.needs)), key=rule)) for rule in rules)
+        return list(dict.fromkeys(orders))  # without repetition
+
+    def _cut(self, order: Sequence[int], fits: Callable[[Size], bool]) -> list[Part]:
+        """The parts of neighbouring units that have the fewest tokens in all."""
+        count = len(order)
+        best = [(0, 0, count)] * (count + 1)  # from each place on: tokens, parts, end of the first part
+        sizes: list[list[Size]] = [[] for _ in order]
+        for first in reversed(range(count)):
+            ways: list[tuple[int, int, int]] = []
+            for last, size in enumerate(self._growing(order[first:]), first + 1):
+                if ways and not fits(size):
+                    break
+                sizes[first].append(size)
+                ways.append((size[0] + best[last][0], 1 + best[last][1], last))
+            best[first] = min(ways)
+        parts, first = [], 0
+        while first < count:
+            last = best[first][2]
+            parts.append(self._of(order[first:last], sizes[first][last - first - 1]))
+            first = last
+        return parts
+
+    def _of(self, units: Sequence[int], size: Size) -> Part:
+        needs = [self.needs[unit] for unit in sorted(units)]
+        compared = [self.compared[unit] for unit in sorted(units)] if self.compared else []
+        return Part(self.group, self.ids, needs, compared, *size)
+
+    def _growing(self, units: Iterable[int]) -> Iterator[Size]:
+        """Sizes of the trees of the first unit, of the first two, and so on."""
+        length, shared = self.group.length.tolist(), self.group.shared.tolist()
+        held: list[int] = []
+        tokens = pairs = 0
+        for unit in units:
+            for sequence in self.needs[unit]:
+                place = bisect_left(held, sequence)
+                if place < len(held) and held[place] == sequence:
+                    continue
+                # of this sequence the tree already has what it shares with its nearest neighbours there
+                common = min(shared[held[place - 1] + 1 : sequence + 1]) if place else 0
+                if place < len(held):
+                    common = max(common, min(shared[sequence + 1 : held[place] + 1]))
+                held.insert(place, sequence)
+                tokens += length[sequence] - common
+                pairs += (length[sequence] * (length[sequence] + 1) - common * (common + 1)) // 2
+            yield tokens, pairs
+
+
+def _members(needs: Iterable[Iterable[int]]) -> NDArray[np.int64]:
+    return np.array(sorted({sequence for need in needs for sequence in need}), np.int64)

@@ -1,0 +1,316 @@
+"""Readers of rows that hold a whole tree: MINT's trajectories, nodes that name their parents, OASST's nested replies.
+
+No reader recurses: a tree may be as deep as it likes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from silva.engine.data.messages import (
+    BadRow,
+    Conversation,
+    Message,
+    check,
+    messages,
+    prompt,
+    role,
+    root,
+    text,
+)
+from silva.engine.data.parsed import Kind, Parsed, best_against_rest, compared, prompt_id
+
+NODE_FIELDS = ("id", "parent", "role", "text", "correct", "rank", "score")
+ROOT = -1  # the parent of the root
+
+
+def mint(row: Mapping[str, Any], kind: Kind) -> Parsed:
+    """MINT: one task tried by several models, {"prompt", "trajectories": [{"success", "turns"}]}.
+
+    Turns start with the assistant. Every successful trajectory is compared with every unsuccessful one; SFT takes
+    the successful. A model that answers nothing leaves an empty turn, or none at all: a trajectory is cut after its
+    last action before that; it is left out if that cuts the successful action. Both are counted.
+    """
+    base = prompt(row["prompt"], "prompt")
+    tried, left_out = [], Counter[str]()
+    for number, trajectory in enumerate(_list(row["trajectories"], "trajectories"), start=1):
+        if not isinstance(trajectory, Mapping) or not isinstance(trajectory.get("success"), bool):
+            raise BadRow("a trajectory has no success that is true or false", f"number {number}")
+        if kind == "sequence" and not trajectory["success"]:
+            continue
+        turns = messages(trajectory.get("turns"), "turns", blank=True)
+        actions = _whole_turns(turns)
+        cut = turns[len(actions) :]
+        if not actions or (trajectory["success"] and any(turn.role == "assistant" for turn in cut)):
+            left_out["skipped: trajectory with an empty turn"] += 1
+            continue
+        if cut:
+            left_out["truncated: trajectory cut after its last action that is not empty"] += 1
+        tried.append(((*base, *actions), float(trajectory["success"])))
+    if kind == "comparison":
+        parsed = best_against_rest(
+            base, tried, "no pair: the trajectories are all successful or all unsuccessful"
+        )
+    else:
+        kept = [check(conversation, "trajectory") for conversation, _ in tried]
+        parsed = Parsed(prompt_id(base), kept, reason="no successful trajectory")
+    parsed.left_out = left_out
+    return parsed
+
+
+def _whole_turns(turns: Conversation) -> Conversation:
+    """The longest beginning in which assistant and user alternate, nothing is blank and the assistant is last."""
+    sound = 0
+    for turn in turns:
+        if turn.role != ("user" if sound % 2 else "assistant") or not turn.content.strip():
+            break
+        sound += 1
+    return turns[: sound - 1 + sound % 2] if sound else ()
+
+
+# ---------------------------------------------------------------- nodes
+
+
+@dataclass(slots=True)
+class Node:
+    """One text of a tree; `correct` and `score` judge an answer that says something, and nothing else."""
+
+    parent: int  # index, or ROOT
+    role: str
+    text: str
+    correct: bool | None = None
+    score: float | None = None  # higher is better, among siblings alone
+
+
+@dataclass(slots=True)
+class Tree:
+    """Nodes depth-first, siblings as listed."""
+
+    nodes: list[Node]
+    before: Conversation = ()  # what is said before the root
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, parent: int, item: Mapping[str, Any], *, usual_role: str | None = None) -> int:
+        """Reads a node and gives its index; without a usual role, it has to say its own."""
+        judged = _judgement(item)
+        speaker = usual_role if item.get("role") is None else None
+        node = Node(
+            parent,
+            speaker or role(item.get("role"), "a node"),
+            text(item.get("text"), "a node's text", blank=True),
+        )
+        if node.role == "assistant" and node.text.strip():
+            node.correct, node.score = judged
+        elif node.role == "assistant" and judged != (None, None):
+            self.left_out["skipped: judged node without a text"] += 1
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def conversation(self, index: int) -> Conversation:
+        """The path from the root: neighbouring texts of one role are one message, blank texts add nothing."""
+        steps = []
+        while index != ROOT:
+            steps.append(self.nodes[index])
+            index = self.nodes[index].parent
+        parts: list[tuple[str, list[str]]] = [(message.role, [message.content]) for message in self.before]
+        for node in reversed(steps):
+            if node.text.strip() and parts and parts[-1][0] == node.role:
+                parts[-1][1].append(node.text)
+            elif node.text.strip():
+                parts.append((node.role, [node.text]))
+        return check(tuple(Message(speaker, "".join(said)) for speaker, said in parts), "path to a node")
+
+    def correctness_pairs(self) -> list[tuple[int, int]]:
+        """Every correct answer against every incorrect one, unless one lies on the other's path."""
+        last = list(range(len(self.nodes)))  # the last node under each, as they lie depth-first
+        for index in range(len(self.nodes) - 1, 0, -1):
+            parent = self.nodes[index].parent
+            last[parent] = max(last[parent], last[index])
+        correct, incorrect = (
+            [index for index, node in enumerate(self.nodes) if node.correct is verdict]
+            for verdict in (True, False)
+        )
+        return [
+            (good, bad)
+            for good in correct
+            for bad in incorrect
+            if not (good < bad <= last[good] or bad < good <= last[bad])
+        ]
+
+    def sibling_pairs(self) -> list[tuple[int, int]]:
+        """Every answer against every other to the same parent that has a lower score."""
+        answers: dict[int, list[tuple[int, float]]] = {}
+        for index, node in enumerate(self.nodes):
+            if node.score is not None:
+                answers.setdefault(node.parent, []).append((index, node.score))
+        return [
+            (better, worse)
+            for siblings in answers.values()
+            for better, high in siblings
+            for worse, low in siblings
+            if high > low
+        ]
+
+    def best_ends(self) -> list[int]:
+        """The last answers of the paths on which no answer has a better sibling."""
+        worse = {index for _, index in self.sibling_pairs()}
+        kept: list[bool] = []
+        for index, node in enumerate(self.nodes):
+            kept.append(index not in worse and (node.parent == ROOT or kept[node.parent]))
+        answers = [
+            kept[index] and node.role == "assistant" and bool(node.text.strip())
+            for index, node in enumerate(self.nodes)
+        ]
+        below = [False] * len(self.nodes)  # whether an answer follows
+        for index in range(len(self.nodes) - 1, 0, -1):
+            below[self.nodes[index].parent] |= answers[index] or below[index]
+        return [index for index, answer in enumerate(answers) if answer and not below[index]]
+
+    def parsed(self, kind: Kind, named: list[tuple[int, int]] | None = None) -> Parsed:
+        """What the tree teaches; `named`: the comparisons to make, instead of those its judgements give."""
+        judged = any(node.correct is not None for node in self.nodes)
+        if kind == "sequence":
+            ends = [index for index, node in enumerate(self.nodes) if node.correct]
+            found = [self.conversation(index) for index in (ends if judged else self.best_ends())]
+            parsed = Parsed(_group(found), found, reason="no correct answer")
+        else:
+            pairs = (
+                named if named is not None else self.correctness_pairs() if judged else self.sibling_pairs()
+            )
+            paths: dict[int, Conversation] = {}
+            for side in itertools.chain.from_iterable(pairs):
+                if side not in paths:
+                    paths[side] = self.conversation(side)
+            apart = [pair for pair in pairs if paths[pair[0]] != paths[pair[1]]]
+            if len(apart) < len(pairs):
+                self.left_out["skipped: comparison whose chosen equals rejected"] += len(pairs) - len(apart)
+            reason = "no pair: no two answers are judged differently"
+            parsed = compared(_group(list(paths.values())), apart, paths.__getitem__, reason)
+        parsed.left_out = self.left_out
+        return parsed
+
+
+def _group(conversations: Sequence[Conversation]) -> str:
+    return prompt_id(root(conversations[0])) if conversations else ""
+
+
+def nodes(row: Mapping[str, Any], kind: Kind) -> Parsed:
+    """Any tree as a list: {"nodes": [{"id", "parent", "role", "text", "correct" | "rank" | "score"}]}.
+
+    The root is the node without `parent`. A node without `role` is the assistant's, but the root is the user's unless
+    the row has a `prompt` (text or messages), which goes before it: so a path through nodes without roles is one
+    answer in steps. Texts are joined as they are.
+
+    Compared are the answers (nodes of the assistant) that the row's `comparisons` name, as [chosen id, rejected id];
+    or every correct with every incorrect one, unless one lies on the other's path; or, in trees without `correct`,
+    siblings of different `rank` (lower is better) or `score` (higher is better). SFT takes the correct answers; in
+    trees without `correct`, the last answers of the paths on which no answer has a better sibling.
+    """
+    listed = _list(row["nodes"], "nodes")
+    tree = Tree([], prompt(row["prompt"], "prompt") if "prompt" in row else ())
+    places = _arrange(listed, tree)
+    if not tree.before and not tree.nodes[0].text.strip():
+        raise BadRow("the tree has no instruction", "neither its root nor a prompt of the row has a text")
+    named = None
+    if kind == "comparison" and "comparisons" in row:
+        named = [_named(each, places) for each in _list(row["comparisons"], "comparisons")]
+    return tree.parsed(kind, named)
+
+
+def _arrange(listed: Sequence[Any], tree: Tree) -> dict[str, int]:
+    """Adds the nodes depth-first and says where each id lies; raises BadRow unless they are one whole tree."""
+    for number, item in enumerate(listed, start=1):
+        if not isinstance(item, Mapping):
+            raise BadRow("a node is not an object", f"number {number} is a {type(item).__name__}")
+    names = [_identifier(item.get("id"), "id") for item in listed]
+    known = {name: number for number, name in enumerate(names)}
+    if len(known) < len(names):
+        raise BadRow("two nodes have the same id", repr(Counter(names).most_common(1)[0][0]))
+    children: dict[str | None, list[int]] = {}
+    for number, item in enumerate(listed):
+        parent = None if item.get("parent") is None else _identifier(item["parent"], "parent")
+        if parent is not None and parent not in known:
+            raise BadRow("a node's parent is not in the tree", f"{parent!r}, the parent of {names[number]!r}")
+        children.setdefault(parent, []).append(number)
+    roots = children.get(None, [])
+    if len(roots) > 1:
+        raise BadRow("the tree has more than one root", f"{names[roots[0]]!r} and {names[roots[1]]!r}")
+    places: dict[str, int] = {}
+    waiting = [(number, ROOT) for number in roots]
+    while waiting:
+        number, parent_place = waiting.pop()
+        usual = "user" if parent_place == ROOT and not tree.before else "assistant"
+        place = tree.add(parent_place, listed[number], usual_role=usual)
+        places[names[number]] = place
+        waiting += [(child, place) for child in reversed(children.get(names[number], []))]
+    if len(places) < len(names):
+        lost = next(name for name in names if name not in places)
+        raise BadRow("nodes are their own ancestors", f"{lost!r} is one of them or lies under one")
+    return places
+
+
+def oasst(row: Mapping[str, Any], kind: Kind) -> Parsed:
+    """OASST's message trees: {"prompt": {"text", "role", "rank", "deleted", "replies": [...]}}, nested.
+
+    Compared are the ranked assistant replies to one message (rank 0 is best); SFT takes the last replies of the paths
+    on which each is the best ranked. Deleted messages are left out with everything under them, and counted.
+    """
+    tree = Tree([])
+    waiting: list[tuple[Any, int]] = [(row["prompt"], ROOT)]
+    while waiting:
+        message, parent = waiting.pop()
+        if not isinstance(message, Mapping):
+            raise BadRow("a message is not an object", f"found {type(message).__name__}")
+        if message.get("deleted"):
+            tree.left_out["skipped: deleted message with its replies"] += 1
+            continue
+        place = tree.add(parent, message)
+        replies = message.get("replies")
+        if replies:
+            waiting += [(reply, place) for reply in reversed(_list(replies, "replies"))]
+    return tree.parsed(kind)
+
+
+# ---------------------------------------------------------------- fields
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name} is not a list with entries", f"found {type(value).__name__}")
+    return value
+
+
+def _identifier(value: Any, name: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise BadRow(f"a node's {name} is neither text nor a whole number", f"found {value!r}")
+    return str(value)
+
+
+def _judgement(item: Mapping[str, Any]) -> tuple[bool | None, float | None]:
+    """A node's (correct, score); a rank is a score the other way round."""
+    correct = item.get("correct")
+    if correct is not None and not isinstance(correct, bool):
+        raise BadRow("a node's correct is neither true nor false", f"found {correct!r}")
+    for name, sign in (("rank", -1), ("score", 1)):
+        value = item.get(name)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+                raise BadRow(f"a node's {name} is not a number", f"found {value!r}")
+            return correct, sign * value
+    return correct, None
+
+
+def _named(pair: Any, places: Mapping[str, int]) -> tuple[int, int]:
+    """A comparison's (chosen, rejected) nodes."""
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise BadRow("a comparison is not [chosen id, rejected id]", f"found {pair!r}")
+    chosen, rejected = (_identifier(each, "id") for each in pair)
+    for name in (chosen, rejected):
+        if name not in places:
+            raise BadRow("a comparison names a node that is not in the tree", repr(name))
+    return places[chosen], places[rejected]

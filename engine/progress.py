@@ -1,0 +1,49 @@
+"""A progress bar on the one process that writes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+
+def _fixed(width: int) -> Column:
+    """A column that a narrow terminal does not cut; the bar gives way instead."""
+    return Column(no_wrap=True, min_width=width)
+
+
+class ProgressBar:
+    """A progress bar on the one rank that writes; silent elsewhere. Without a total it only counts.
+
+    A passing bar leaves nothing behind, and shows on terminals alone.
+    """
+
+    def __init__(
+        self, title: str, total: int | None, *, visible: bool, start: int = 0, passing: bool = False
+    ) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description:<20}", table_column=_fixed(20)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=24)),
+            MofNCompleteColumn(table_column=_fixed(2 * len(str(total or 0)) + 1)),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=_fixed(5)),
+            TextColumn("{task.fields[note]}", table_column=_fixed(38)),
+            console=console,
+            disable=not visible or (passing and not console.is_terminal),
+            transient=passing,
+        )
+        self._task: TaskID = self._bar.add_task(title, total=total, completed=start, note="")
+
+    def advance(self, note: str = "", *, steps: int = 1) -> None:
+        self._bar.update(self._task, advance=steps, note=note)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
