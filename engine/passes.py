@@ -20,12 +20,20 @@ from torch import Tensor
 from silva.engine.data.packing import TreeBatch
 from silva.engine.metrics import SUMS
 from silva.engine.model import gpt
+from silva.kernels.dispatch import runs_kernels
 from silva.kernels.reference import sequence_sums
 
 RowLoss = Callable[[Tensor, TreeBatch], tuple[Tensor, Tensor]]
 
 
-def run_rows(chunks: Sequence[Any], rows: Sequence[TreeBatch], loss: RowLoss, *, training: bool) -> Tensor:
+def run_rows(
+    chunks: Sequence[Any],
+    rows: Sequence[TreeBatch],
+    loss: RowLoss,
+    *,
+    training: bool,
+    fused: RowLoss | None = None,
+) -> Tensor:
     """One pass over this rank's rows; with `training`, gradients are summed into the model's buffers.
 
     Args:
@@ -33,11 +41,14 @@ def run_rows(chunks: Sequence[Any], rows: Sequence[TreeBatch], loss: RowLoss, *,
         rows: equally many on every data-parallel rank.
         loss: called on the last stage with (values (N,) per sequence, row); returns the row's loss, already
             divided by the global count, and its (8,) vector of metric sums.
+        fused: the same from what the head gives, (L,) log-probs or (N,) rewards; called where kernels run.
 
     Returns:
         The metric sums over all rows of all ranks, the same on every rank.
     """
-    found = _schedule(chunks, rows, partial(_training_step, loss=loss), forward_only=not training)
+    found = _schedule(
+        chunks, rows, partial(_training_step, loss=loss, fused=fused), forward_only=not training
+    )
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=groups.device())
     for part in found:
         sums += part
@@ -74,11 +85,16 @@ def _schedule(chunks: Sequence[Any], rows: Sequence[TreeBatch], step: Any, **opt
     )
 
 
-def _training_step(rows: Iterator[TreeBatch], chunk: Any, *, loss: RowLoss) -> tuple[Tensor, Any]:
+def _training_step(
+    rows: Iterator[TreeBatch], chunk: Any, *, loss: RowLoss, fused: RowLoss | None
+) -> tuple[Tensor, Any]:
     row = next(rows).to(groups.device())
 
     def last_stage(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value, sums = loss(_per_sequence(output, row, chunk), row)
+        if fused is not None and runs_kernels(output):
+            value, sums = fused(output, row)
+        else:
+            value, sums = loss(_per_sequence(output, row, chunk), row)
         # no token count: the loss is already divided by the global count, megatron-core must only sum
         return value, torch.zeros((), dtype=torch.int, device=value.device), sums
 

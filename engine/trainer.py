@@ -38,6 +38,7 @@ from silva.engine.model import gpt, hf, hf_export
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.passes import run_rows, sequence_values, share_from_last_stage
 from silva.engine.progress import ProgressBar
+from silva.kernels.preference_loss import HYPERPARAMETERS, Structure, preference_loss
 
 ROW_MULTIPLE = 16  # rows are padded to a multiple of it, times the tensor-parallel size
 
@@ -214,9 +215,20 @@ class Trainer:
             )
             return result.loss.sum() / count, sums
 
+        def fused(values: Tensor, row: TreeBatch) -> tuple[Tensor, Tensor]:
+            found = preference_loss(
+                values,
+                Structure(*(getattr(row, name) for name in Structure._fields)),
+                self.objective.name,
+                reference_logprob=row.reference_logprob,
+                kl=kl,
+                **{name: getattr(self.recipe.objective, name) for name in HYPERPARAMETERS},
+            )
+            return found.loss / count, found.sums
+
         rows = self.rows(batch.rows, reference)
         with torch.set_grad_enabled(training):
-            return run_rows(self.chunks, rows, loss, training=training)
+            return run_rows(self.chunks, rows, loss, training=training, fused=fused)
 
     def rows(self, rows: list[list[Piece]], reference: NDArray[np.float32] | None = None) -> list[TreeBatch]:
         """This rank's rows of a global batch, packed."""

@@ -34,6 +34,8 @@ class TreeBatch:
     comparisons: Tensor  # (P, 2) int32, (chosen, rejected) sequences; -1: that side is absent
     absolute: Tensor  # (P,) bool, whether the comparison also gets the absolute-reward term L_DR
     reference_logprob: Tensor  # (N,) float32 under the reference policy; empty for SFT and reward models
+    span_start: Tensor  # (spans + 1,) int32, the first position of each span
+    tree_start: Tensor  # (trees + 1, 3) int32, first span, sequence and comparison of each tree
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> TreeBatch:
         return TreeBatch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
@@ -79,12 +81,15 @@ def pack_row(
 
     token_start = starts([len(t) for t in trees])
     sequence_start = starts([len(t.last) for t in trees])
-    span_start = starts([int(t.span[-1]) + 1 if len(t.span) else 0 for t in trees])
+    spans = [int(t.span[-1]) + 1 if len(t.span) else 0 for t in trees]
+    span_start = starts(spans)
     entry_start = starts([len(t.span_index) for t in trees])
     compared = [
         np.where(p.comparisons == ABSENT, ABSENT, p.comparisons + start)
         for p, start in zip(pieces, sequence_start, strict=True)
     ]
+    counts = [(u, len(p.tree.last), len(p.comparisons)) for u, p in zip(spans, pieces, strict=True)]
+    span = joined([t.span for t in trees], span_start)
     ids = joined([p.sequence_ids for p in pieces])
     reference = np.zeros(0, np.float32) if reference_logprob is None else reference_logprob[ids]
 
@@ -97,7 +102,7 @@ def pack_row(
         subtree_end=int32(np.append(joined([t.subtree_end for t in trees], token_start), padding + 1)),
         source=int32(joined([t.source for t in trees], token_start)),
         target=torch.from_numpy(joined([t.target for t in trees])),
-        span=int32(joined([t.span for t in trees], span_start)),
+        span=int32(span),
         span_pointer=int32(np.append(0, joined([t.span_pointer[1:] for t in trees], entry_start))),
         span_index=int32(joined([t.span_index for t in trees], span_start)),
         last=int32(joined([t.last for t in trees], token_start)),
@@ -105,4 +110,6 @@ def pack_row(
         comparisons=int32(np.concatenate([np.zeros((0, 2)), *compared])),
         absolute=torch.from_numpy(np.concatenate([np.zeros(0, bool), *(p.absolute for p in pieces)])),
         reference_logprob=torch.from_numpy(reference.astype(np.float32)),
+        span_start=int32(np.searchsorted(span, np.arange(sum(spans) + 1))),
+        tree_start=int32(np.cumsum([(0, 0, 0), *counts], axis=0)),
     )

@@ -26,6 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -35,9 +36,8 @@ from silva.engine.data.packing import TreeBatch
 from silva.engine.errors import UserError
 from silva.engine.model.heads import LogProbHead, RewardHead
 from silva.engine.model.hf_layout import ModelShape, padded_vocabulary
-
-# the one place attention comes from: a kernel with the same arguments takes the definition's place here
-from silva.kernels.reference import QueryBlock, query_blocks, rms_norm, rotary, tree_attention
+from silva.kernels.layers import rms_norm, rotary, rotary_angles, swiglu
+from silva.kernels.tree_attention import Blocks, attention_blocks, tree_attention
 
 if TYPE_CHECKING:
     from silva.engine.config import Parallel
@@ -68,7 +68,8 @@ class TreeParams(PackedSeqParams):
     qkv_format: str = "sbhd"
     subtree_end: Tensor | None = None  # (S,) int32
     position: Tensor | None = None  # (S,) int32
-    blocks: list[QueryBlock] | None = None  # what each block of queries sees, the same for every layer
+    blocks: Blocks | None = None  # what each block of queries sees, the same for every layer
+    angles: tuple[Tensor, Tensor] | None = None  # of the rotary positions, the same for every layer
     source: Tensor | None = None  # (L,) int32; None: the last stage gives logits
     target: Tensor | None = None  # (L,) int64
     last: Tensor | None = None  # (N,) int32
@@ -115,9 +116,12 @@ class TreeAttention(nn.Module):
         position, subtree_end = packed_seq_params.position, packed_seq_params.subtree_end
         assert position is not None
         assert subtree_end is not None
+        if packed_seq_params.angles is None:
+            packed_seq_params.angles = rotary_angles(position, self.inverse_frequency)
+        angles = packed_seq_params.angles
         out = tree_attention(
-            rotary(query[:, 0], position, self.inverse_frequency),
-            rotary(key[:, 0], position, self.inverse_frequency),
+            rotary(query[:, 0], position, self.inverse_frequency, angles=angles),
+            rotary(key[:, 0], position, self.inverse_frequency, angles=angles),
             value[:, 0],
             subtree_end,
             position=position,
@@ -125,6 +129,13 @@ class TreeAttention(nn.Module):
             blocks=packed_seq_params.blocks,
         )
         return out.flatten(1)[:, None]
+
+
+class SwiGLU(MegatronModule):
+    """Gate and up projections, one behind the other, to the feed-forward's hidden columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
 
 
 class TreeModel(GPTModel):
@@ -243,7 +254,8 @@ def _configuration(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=True,
+        bias_activation_fusion=False,
+        use_te_activation_func=True,  # megatron-core then builds the activation of the spec, ours
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
@@ -275,7 +287,9 @@ def _layer_spec() -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -366,8 +380,21 @@ def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams) -> Tensor:
             "sequence-parallel processes: pack rows to a multiple of it"
         )
     assert row.subtree_end is not None
-    row.blocks = query_blocks(row.subtree_end, position=row.position, window=config.window)
+    row.blocks = attention_blocks(
+        row.subtree_end,
+        group=_local_group(config),
+        size=config.kv_channels,
+        dtype=config.params_dtype,
+        position=row.position,
+        window=config.window,
+    )
     return chunk(input_ids=tokens[None], position_ids=None, attention_mask=None, packed_seq_params=row)
+
+
+def _local_group(config: SilvaConfig) -> int:
+    """Query heads per key head on one process: with fewer key heads than processes, each process has one."""
+    tp = config.tensor_model_parallel_size
+    return config.num_attention_heads // tp // max(config.num_query_groups // tp, 1)
 
 
 def _unwrapped(chunk: nn.Module) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -21,73 +20,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-LOGITS_AT_ONCE = (
-    1 << 24
-)  # elements: 64 MiB of float32 logits exist at any time, however many positions are scored
+from silva.kernels.linear_logprob import linear_logprob
+
 # std of a fresh reward head: the `initializer_range` that transformers, and so TRL, draws it with
 REWARD_STD = 0.02
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type reductions run in: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _position_chunks(positions: int, rows: int) -> list[slice]:
-    step = max(1, LOGITS_AT_ONCE // max(1, rows))
-    return [slice(start, start + step) for start in range(0, positions, step)]
-
-
-class VocabularyParallelLogProb(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target] where `weight` is split by rows over a process group.
-
-    Logits exist for a few positions at a time; the backward pass computes them again. The gradient of
-    `hidden` is this process's share: the caller sums it over the group.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup, start: int
-    ) -> Tensor:
-        """hidden (L, H), weight (R, H) the rows from `start`, target (L,) -> (L,) in float32 at least."""
-        wide = _wide(hidden.dtype)
-        positions, rows = hidden.shape[0], weight.shape[0]
-        # the largest logit here, the sum of exponentials relative to it, the target's logit (0 elsewhere)
-        highest = torch.full((positions,), -torch.inf, dtype=wide, device=hidden.device)
-        total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
-        local = target - start
-        here = (local >= 0) & (local < rows)
-        for part in _position_chunks(positions, rows) if rows else []:
-            logits = (hidden[part] @ weight.T).to(wide)
-            highest[part] = logits.amax(-1)
-            total[part] = (logits - highest[part, None]).exp().sum(-1)
-            own = logits.gather(1, local[part, None].clamp(0, rows - 1)).squeeze(1)
-            chosen[part] = torch.where(here[part], own, 0)
-        if group.size() > 1 and positions:
-            top = highest.clone()
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([total * (highest - top).exp(), chosen])
-            dist.all_reduce(sums, group=group)
-            highest, (total, chosen) = top, sums
-        normaliser = highest + total.log()
-        ctx.save_for_backward(hidden, weight, local, here, normaliser)
-        return chosen - normaliser
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, here, normaliser = ctx.saved_tensors
-        rows = weight.shape[0]
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=normaliser.dtype, device=weight.device)
-        for part in _position_chunks(hidden.shape[0], rows) if rows else []:
-            logits = (hidden[part] @ weight.T).to(normaliser.dtype)
-            slope = -(logits - normaliser[part, None]).exp()
-            hit = here[part, None].to(slope.dtype)
-            slope.scatter_add_(1, local[part, None].clamp(0, rows - 1), hit)
-            slope = (slope * grad[part, None]).to(hidden.dtype)
-            grad_hidden[part] = slope @ weight
-            grad_weight += slope.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 class LogProbHead(ColumnParallelLinear):
@@ -142,8 +78,13 @@ class LogProbHead(ColumnParallelLinear):
             )
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        return VocabularyParallelLogProb.apply(
-            hidden[:, 0][source.long()], weight[: self.real_rows], target, self.tp_group, self.first_row
+        return linear_logprob(
+            hidden[:, 0][source.long()],
+            weight,
+            target,
+            group=self.tp_group,
+            first_row=self.first_row,
+            real_rows=self.real_rows,
         )
 
 
@@ -172,7 +113,7 @@ class RewardHead(torch.nn.Module):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.group
             )
-        wide = _wide(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.linear(hidden[:, 0][last.long()].to(wide), self.weight.to(wide)).squeeze(-1)
 
     def sharded_state_dict(

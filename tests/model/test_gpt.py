@@ -155,56 +155,6 @@ def test_logprobs_equal_log_softmax_of_the_logits(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("positions", [0, 1, 17])
-def test_split_vocabulary_logprob_is_the_definition(dtype, positions, monkeypatch):
-    monkeypatch.setattr(heads, "LOGITS_AT_ONCE", 40)  # several chunks of positions
-    generator = torch.Generator().manual_seed(positions)
-    hidden = torch.randn(positions, 12, generator=generator, dtype=torch.float64).to(dtype)
-    weight = (10 * torch.randn(11, 12, generator=generator, dtype=torch.float64)).to(dtype)
-    target = torch.randint(0, 11, (positions,), generator=generator)
-    grad = torch.randn(positions, generator=generator, dtype=torch.float64)
-
-    def split() -> list[np.ndarray]:
-        # 11 rows over 3 processes of 4: the last one has a row of padding
-        start = 4 * dist.get_rank()
-        h = hidden.clone().requires_grad_()
-        w = weight[start : start + 4].clone().requires_grad_()
-        out = heads.VocabularyParallelLogProb.apply(h, w, target, dist.group.WORLD, start)
-        out.backward(grad.to(out.dtype))
-        return [x.detach().double().numpy() for x in (out, h.grad, w.grad) if x is not None]
-
-    found = world(3, split)
-    h, w = (x.double().requires_grad_() for x in (hidden, weight))
-    expected = reference.linear_logprob(h, w, target)
-    expected.backward(grad)
-    # bfloat16 keeps 8 bits, and logits of size 30 lose them before the softmax
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
-    for rank_found in found:
-        close(rank_found[0], expected, tolerance)
-    close(sum(f[1] for f in found), h.grad, tolerance)
-    close(np.concatenate([f[2] for f in found]), w.grad, tolerance)
-
-
-def close(found: np.ndarray, expected: torch.Tensor | None, tolerance: float) -> None:
-    assert expected is not None
-    scale = float(expected.detach().abs().max()) if expected.numel() else 1.0
-    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=0, atol=tolerance * scale)
-
-
-def test_a_process_with_padding_alone_takes_no_part_in_the_softmax():
-    hidden, weight = torch.ones(2, 3), torch.eye(3)
-    target = torch.tensor([0, 2])
-
-    def split() -> np.ndarray:
-        mine = weight if dist.get_rank() == 0 else weight[:0]
-        apply = heads.VocabularyParallelLogProb.apply
-        return apply(hidden, mine, target, dist.group.WORLD, 3 * dist.get_rank()).numpy()
-
-    for found in world(2, split):
-        np.testing.assert_allclose(found, np.log([1 / 3, 1 / 3]), rtol=1e-6)
-
-
 def test_a_row_without_scored_positions_gives_nothing_and_zero_gradients(tmp_path):
     folder = random_models.checkpoint(tmp_path, "llama")
 
@@ -231,6 +181,45 @@ def test_a_layout_the_model_cannot_be_split_into_is_refused(layout, word, tmp_pa
     shape = hf.read_shape(random_models.checkpoint(tmp_path, "llama"))
     with pytest.raises(UserError, match=word):
         gpt.check_layout(shape, Parallel(**layout))
+
+
+def attention_calls(folder: Path, parallel: Parallel) -> tuple[list[dict], list[tuple]]:
+    """(what block lists were asked for, (query heads per key head, lists) of every layer) in one pass over one row."""
+    asked, seen, built = [], [], []
+    make, attend = gpt.attention_blocks, gpt.tree_attention
+
+    def recorded_make(end, **options):
+        asked.append({name: options[name] for name in ("group", "size", "window", "dtype")})
+        built.append(make(end, **options))
+        return built[-1]
+
+    def recorded_attend(q, k, v, end, *, blocks, **options):
+        seen.append((q.shape[1] // k.shape[1], [blocks is one for one in built]))
+        return attend(q, k, v, end, blocks=blocks, **options)
+
+    gpt.attention_blocks, gpt.tree_attention = (
+        recorded_make,
+        recorded_attend,
+    )  # this process ends with the world
+    chunks, _ = random_models.build(folder, parallel)
+    random_models.outputs(chunks, [torch.arange(9)], gpt.logits)
+    return asked, seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "group", "window"),
+    [
+        ("llama", 1, 2, None),
+        ("mistral", 2, 2, 5),
+        ("mistral-no-window", 1, 8, None),
+        ("mistral-no-window", 2, 4, None),
+    ],
+)
+def test_block_lists_are_built_once_for_all_layers(kind, size, group, window, tmp_path):
+    folder = random_models.checkpoint(tmp_path, kind)
+    for asked, seen in world(size, attention_calls, folder, Parallel(tensor=size)):
+        assert asked == [{"group": group, "size": 8, "window": window, "dtype": torch.float32}]
+        assert seen == [(group, [True])] * 4
 
 
 def test_one_process_trains_one_model_after_the_other(tmp_path):

@@ -1,0 +1,281 @@
+"""Log-probs and both gradients from hidden states: time, TFLOP/s and memory beside what else does it.
+
+    python -m benchmarks.bench_linear_logprob               on a GPU: all shapes in bfloat16
+    python -m benchmarks.bench_linear_logprob --memory      anywhere: peak bytes against the logits path, measured on
+                                                            small shapes and counted on those of 7B and 70B models
+    python -m benchmarks.bench_linear_logprob --smoke       proves the benchmark, on tiny shapes
+
+Counted operations: 2 L V H for the forward pass and 6 L V H for forward and backward, also of what computes logits
+twice. `products` are cuBLAS's own, without anything between them. Bytes are those beyond the inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import common, kernel_common
+from benchmarks.kernel_common import MEBIBYTE
+from silva.kernels import linear_logprob as ours
+from silva.kernels import reference
+
+SHAPES = [
+    (8192, 131_072, 4096),
+    (8192, 32_000, 4096),
+    (16_384, 32_000, 4096),
+    (8192, 32_000, 8192),
+    (8192, 4000, 8192),
+]
+MEASURED = [(2048, 32_000, 128), (1024, 131_072, 64)]  # for a CPU, in float32
+SMOKE = [(60, 700, 32)]
+CHUNK = 1024  # positions of torch.compile's chunk
+Run = Callable[[], Any]
+
+
+class Problem:
+    """One shape's tensors and everything that is run on them."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        positions, vocabulary, size = shape
+        generator = torch.Generator(device).manual_seed(0) if device.type != "meta" else None
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
+        self.hidden = torch.randn(positions, size, **options).requires_grad_()
+        self.weight = (torch.randn(vocabulary, size, **options) / size**0.5).requires_grad_()
+        self.target = torch.randint(0, vocabulary, (positions,), device=device, generator=generator)
+        self.grad = torch.full((positions,), -1.0 / max(1, positions), device=device)
+
+    def backward(self, loss: Tensor, grad: Tensor | None = None) -> list[Tensor]:
+        found = torch.autograd.grad(loss, (self.hidden, self.weight), grad)
+        return [loss.detach(), *found]
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return ours.linear_logprob(self.hidden, self.weight, self.target)
+
+    def both(self) -> list[Tensor]:
+        return self.backward(ours.linear_logprob(self.hidden, self.weight, self.target), self.grad)
+
+    def known(self) -> list[Tensor]:
+        return self.backward(ours.linear_logprob_sum(self.hidden, self.weight, self.target, self.grad)[0])
+
+    def logits(self) -> list[Tensor]:
+        return self.backward(
+            reference.linear_logprob(self.hidden, self.weight, self.target), self.grad.to(self.wide)
+        )
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+    def one_product(self) -> Tensor:
+        with torch.no_grad():
+            return self.hidden @ self.weight.T
+
+    def three_products(self) -> None:
+        with torch.no_grad():
+            slope = self.hidden @ self.weight.T
+            slope @ self.weight
+            slope.T @ self.hidden
+
+    def compiled(self) -> list[Tensor]:
+        loss = sum(
+            _compiled_chunk()(h, self.weight, t)
+            for h, t in zip(self.hidden.split(CHUNK), self.target.split(CHUNK), strict=True)
+        )
+        return self.backward(loss / self.hidden.shape[0])
+
+    def liger(self) -> list[Tensor]:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return self.backward(LigerFusedLinearCrossEntropyLoss()(self.weight, self.hidden, self.target))
+
+    def cce(self) -> list[Tensor]:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return self.backward(linear_cross_entropy(self.hidden, self.weight, self.target))
+
+
+@functools.cache
+def _compiled_chunk() -> Callable[..., Tensor]:
+    def chunk(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # checkpointed: without it every chunk's logits live until the backward pass
+        def loss(h: Tensor, w: Tensor) -> Tensor:
+            return torch.nn.functional.cross_entropy((h @ w.T).float(), target, reduction="sum")
+
+        return torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
+
+    return torch.compile(chunk)
+
+
+def check(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
+    """Largest error of log-probs and gradients against float64, relative to the largest element.
+
+    Raises:
+        SystemExit: it is more than rounding.
+    """
+    problem = Problem(shape, dtype, device)
+    h, w = (x.detach().double().requires_grad_() for x in (problem.hidden, problem.weight))
+    value = reference.linear_logprob(h, w, problem.target)
+    truth = torch.autograd.grad((value * problem.grad.double()).sum(), (h, w))
+    found = [problem.both()[0], *problem.both()[1:], *problem.known()[1:]]
+    errors = [
+        float((a.double() - b.detach()).abs().max() / b.detach().abs().max())
+        for a, b in zip(found, (value, *truth, *truth), strict=True)
+    ]
+    # float32 sums in the log-probs; two roundings in the gradients
+    if errors[0] > 1e-5 or max(errors) > max(1e-5, 2 * torch.finfo(dtype).eps):
+        raise SystemExit(f"wrong results at {shape}: errors {errors}")
+    return max(errors)
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def time_shape(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int
+) -> list[dict[str, Any]]:
+    problem = Problem(shape, dtype, device)
+    runs: dict[str, tuple[Run, int]] = {
+        "product, forward": (problem.one_product, 1),
+        "ours, forward": (problem.forward, 1),
+        "products, all three": (problem.three_products, 3),
+        "ours": (problem.both, 3),
+        "ours, known coefficients": (problem.known, 3),
+        "plain logits": (problem.logits, 3),
+    }
+    if device.type == "cuda":
+        runs["torch.compile, chunks"] = (problem.compiled, 3)
+        if installed("liger_kernel"):
+            runs["Liger"] = (problem.liger, 3)
+        if installed("cut_cross_entropy"):
+            runs["CCE"] = (problem.cce, 3)
+    peaks = {name: kernel_common.peak_bytes(run) for name, (run, _) in runs.items()}
+    times = kernel_common.milliseconds({name: run for name, (run, _) in runs.items()}, repeats)
+    operations = 2 * shape[0] * shape[1] * shape[2]
+    return [
+        {
+            "shape": "x".join(map(str, shape)),
+            "what": name,
+            "ms": times[name],
+            "TFLOP/s": products * operations / times[name] / 1e9,
+            "MiB": peaks[name] / MEBIBYTE,
+        }
+        for name, (_, products) in runs.items()
+    ]
+
+
+# ---------------------------------------------------------------- memory
+
+
+@contextmanager
+def _only_allocations() -> Iterator[None]:
+    """The GPU's path without its work: products write into given memory, and kernels allocate nothing."""
+
+    def nothing(*arguments: Any, **options: Any) -> None:
+        pass  # a Mock would keep the arguments alive
+
+    with ExitStack() as patches:
+        for name in ("_product", "_reduce", "_slope"):
+            patches.enter_context(mock.patch.object(ours, name, nothing))
+        yield
+
+
+def counted(shape: tuple[int, int, int], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Bytes that live at once on a GPU, from the allocations of the code itself, on tensors without memory."""
+    rows = []
+    for name in ("forward", "both", "known", "logits"):
+        problem = Problem(shape, dtype, torch.device("meta"))
+        given = (problem.hidden, problem.weight, problem.target, problem.grad)
+        with _only_allocations(), kernel_common.LiveBytes(*given) as live:
+            result = getattr(problem, name)()
+        gradients = sum(x.nbytes for x in result[1:]) if isinstance(result, list) else 0
+        rows.append({"what": name, "peak": live.peak, "gradients": gradients})
+    full = rows[-1]["peak"]
+    return [
+        {
+            "shape": "x".join(map(str, shape)),
+            "what": row["what"],
+            "MiB": row["peak"] / MEBIBYTE,
+            "without gradients": (row["peak"] - row["gradients"]) / MEBIBYTE,
+            "logits path / this": (full - rows[-1]["gradients"]) / max(1, row["peak"] - row["gradients"]),
+        }
+        for row in rows
+    ]
+
+
+def measured(shape: tuple[int, int, int], device: torch.device) -> list[dict[str, Any]]:
+    """Peak memory of a real run, in float32."""
+    problem = Problem(shape, torch.float32, device)
+    peaks = {name: kernel_common.peak_bytes(getattr(problem, name)) for name in ("forward", "both", "logits")}
+    gradients = {"forward": 0, "both": problem.hidden.nbytes + problem.weight.nbytes}
+    gradients["logits"] = gradients["both"]
+    own = {name: peak - gradients[name] for name, peak in peaks.items()}
+    return [
+        {
+            "shape": "x".join(map(str, shape)),
+            "what": name,
+            "MiB": peaks[name] / MEBIBYTE,
+            "without gradients": own[name] / MEBIBYTE,
+            "logits path / this": own["logits"] / own[name],
+        }
+        for name in peaks
+    ]
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> None:
+    common.show(title, list(rows[0]), [list(row.values()) for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_linear_logprob", description=__doc__)
+    parser.add_argument("--memory", action="store_true", help="peak bytes instead of times")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="JSON with every figure")
+    options = parser.parse_args()
+    device = kernel_common.device()
+    if device.type == "cpu" and not (options.smoke or options.memory):
+        raise SystemExit("no GPU here: --memory and --smoke are what a CPU can show")
+    torch.set_num_threads(1) if device.type == "cpu" else None
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    figures: dict[str, Any] = {"error": check((252, 507, 123), dtype, device)}
+    rows: list[dict[str, Any]] = []
+    if options.memory:
+        for shape in SMOKE if options.smoke else MEASURED:
+            rows += measured(shape, device)
+        table(f"measured, {device.type}, float32", rows)
+        figures["least_ratio_measured"] = min(
+            row["logits path / this"] for row in rows if row["what"] == "both"
+        )
+        by_count = [row for shape in SHAPES for row in counted(shape, torch.bfloat16)]
+        table("counted, GPU, bfloat16", by_count)
+        figures["least_ratio_counted"] = min(
+            row["logits path / this"] for row in by_count if row["what"] == "both"
+        )
+        figures["workspace_mib_counted"] = max(
+            row["without gradients"] for row in by_count if row["what"] != "logits"
+        )
+        rows += by_count
+    else:
+        for shape in SMOKE if options.smoke else SHAPES:
+            rows += time_shape(shape, dtype, device, 2 if options.smoke else options.repeats)
+        table(f"{device.type}, {str(dtype).removeprefix('torch.')}", rows)
+        first = {row["what"]: row["ms"] for row in rows if row["shape"] == rows[0]["shape"]}
+        figures["forward_over_product"] = first["product, forward"] / first["ours, forward"]
+        figures["both_over_products"] = first["ours"] / first["products, all three"]
+        figures["known_over_products"] = first["ours, known coefficients"] / first["products, all three"]
+    kernel_common.report(figures, rows, options.out)
+
+
+if __name__ == "__main__":
+    main()

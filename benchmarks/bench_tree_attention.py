@@ -1,0 +1,398 @@
+"""Tree attention on packed rows: what the block lists cost and save (`--plan`, no GPU), and its speed on a GPU.
+
+    python -m benchmarks.bench_tree_attention --plan [--data FOLDER_OF_MINT_TREES TOKENIZER]
+    python -m benchmarks.bench_tree_attention [--tune] [--out results.json]
+
+TFLOP/s count the products a query and a key it sees need, 4 D H forward and 10 D H backward, whoever computes them:
+a kernel that visits more, or unrolls trees into sequences, gets no credit for it. Nothing is timed before the
+kernel's output and gradients agree with float64 on a small row. `--smoke` runs the same code on tiny rows in
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from silva.kernels import tree_attention as kernels
+from silva.kernels import tree_attention_tiles, tree_blocks
+from silva.kernels.reference import tree_attention as definition
+from silva.kernels.tree_attention_tiles import CANDIDATES, Problem, Tiles
+from silva.kernels.tree_blocks import FULL, SKIPPED
+
+Runs = list[tuple[int, int]]  # (length, depth of the token it hangs under); depth 0 begins a tree
+
+
+class Row(NamedTuple):
+    """A packed row."""
+
+    name: str
+    end: Tensor  # (S,) int32
+    position: Tensor  # (S,) int32
+
+    @property
+    def area(self) -> int:
+        """Visible (query, key) pairs."""
+        return int((self.position.long() + 1).sum())
+
+
+# ---------------------------------------------------------------- rows
+
+
+def row(name: str, runs: Runs, size: int) -> Row:
+    """Runs laid out depth-first, cut at `size` tokens, padded with tokens that see only themselves."""
+    position = np.concatenate([np.arange(depth, depth + length) for length, depth in runs])[:size]
+    position = np.concatenate([position, np.zeros(size - len(position), position.dtype)])
+    end = np.empty(size, np.int32)
+    open_tokens: list[int] = []
+    for token, depth in enumerate(position):
+        end[open_tokens[depth:]] = token
+        open_tokens[depth:] = [token]
+    end[open_tokens] = size
+    return Row(name, torch.from_numpy(end), torch.from_numpy(position.astype(np.int32)))
+
+
+def ultrainteract_tree(
+    random: np.random.Generator, depth: int = 0, turn: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Runs of one tree: an instruction, pairs of actions, and under the incorrect one an observation and a pair."""
+    if turn == 0:
+        instruction = int(random.integers(200, 400))
+        yield instruction, depth
+        depth += instruction
+    yield int(random.integers(150, 350)), depth  # the correct action ends its branch
+    incorrect = int(random.integers(150, 350))
+    yield incorrect, depth
+    if turn < 4 and random.random() < 0.6:
+        observation = int(random.integers(100, 200))
+        yield observation, depth + incorrect
+        yield from ultrainteract_tree(random, depth + incorrect + observation, turn + 1)
+
+
+def rows(size: int, mint: list[Runs]) -> list[Row]:
+    random = np.random.default_rng(0)
+    many = range(size // 100 + 1)
+    documents = [(int(random.integers(200, 2000)), 0) for _ in many]
+    pairs = [
+        run
+        for _ in many
+        for prompt in [int(random.integers(100, 400))]
+        for run in [
+            (prompt, 0),
+            (int(random.integers(100, 600)), prompt),
+            (int(random.integers(100, 600)), prompt),
+        ]
+    ]
+    trees = [run for _ in many for run in ultrainteract_tree(random)]
+    found = [row(n, r, size) for n, r in [("documents", documents), ("pairs", pairs), ("trees", trees)]]
+    if mint:
+        found.append(row("mint", [run for tree in mint for run in tree], size))
+    return [*found, row("causal", [(size, 0)], size)]
+
+
+def mint_trees(folder: Path, tokenizer: Path) -> list[Runs]:
+    """Trees of multi-turn trajectories over one prompt, merged token by token."""
+    import sentencepiece
+
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode
+    trees = []
+    for file in sorted(folder.glob("*.jsonl.gz")):
+        with gzip.open(file, "rt") as lines:
+            for line in [line for _, line in zip(range(40), lines, strict=False)]:
+                task = json.loads(line)
+                texts = [
+                    task["prompt"] + "".join(turn["content"] for turn in one["turns"])
+                    for one in task["trajectories"]
+                ]
+                trees.append(merged(sorted(encode(texts))))
+    return trees
+
+
+def merged(sequences: list[list[int]]) -> Runs:
+    """In sorted order a sequence shares with all before it what it shares with the one before."""
+    runs: Runs = []
+    before: list[int] = []
+    for sequence in sequences:
+        same = [a == b for a, b in zip(before, sequence, strict=False)]
+        shared = same.index(False) if False in same else len(same)
+        if shared < len(sequence):
+            runs.append((len(sequence) - shared, shared))
+        before = sequence
+    return runs
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan(options: argparse.Namespace, mint: list[Runs]) -> dict[str, Any]:
+    """Tiles visited against tiles with a visible pair, counted from the mask itself."""
+    worst: dict[str, float] = {}
+    print(
+        f"{'row':28}{'kernel':16}{'tile':>8}{'visited/needed':>16}{'visited area/true':>19}{'full':>7}{'KiB':>8}"
+    )
+    for group in (1, options.heads // options.kv_heads):
+        what = Problem("sm_90", options.size, "bfloat16", group)
+        for size in options.sizes:
+            for packed in rows(size, mint):
+                blocks = tree_blocks.tree_blocks(packed.end, kernels.tile_shapes(what))
+                for field, shape in zip(Tiles._fields, kernels.tile_shapes(what), strict=True):
+                    kind = tree_blocks.classify(blocks, shape)
+                    visited, needed = int((kind != SKIPPED).sum()), needed_tiles(packed.end, shape)
+                    full = int((kind == FULL).sum()) / visited
+                    area = visited * shape.queries * shape.keys / packed.area
+                    kib = sum(x.numel() * x.element_size() for x in blocks.lists[shape]) / 1024
+                    name = f"{packed.name} {size} group {group}"
+                    tile = f"{shape.queries}x{shape.keys}"
+                    print(
+                        f"{name:28}{field:16}{tile:>8}{visited / needed:16.3f}{area:19.3f}{full:7.2f}{kib:8.0f}"
+                    )
+                    for key, value in [
+                        ("visited_over_needed", visited / needed),
+                        (f"area_{packed.name}", area),
+                    ]:
+                        worst[key] = max(worst.get(key, 0.0), value)
+    return {key: round(value, 4) for key, value in worst.items()}
+
+
+def needed_tiles(end: Tensor, shape: tree_blocks.TileShape) -> int:
+    j = torch.arange(len(end))
+    width = -(-len(end) // shape.keys) * shape.keys
+    count = 0
+    for first in range(0, len(end), shape.queries):
+        i = j[first : first + shape.queries, None]
+        sees = ((j <= i) & (i < end)).any(0)
+        count += int(torch.nn.functional.pad(sees, (0, width - len(end))).view(-1, shape.keys).any(1).sum())
+    return count
+
+
+# ---------------------------------------------------------------- speed
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def check(options: argparse.Namespace, size: int) -> float:
+    """Largest error of output and gradients over that of torch in the same dtype, both against float64."""
+    packed = rows(size, [])[2]
+    end = packed.end.to(options.device)
+    q, k, v, grad = tensors(options, size)
+    results = []
+    for attend, dtype in [
+        (kernels.tree_attention, q.dtype),
+        (definition, q.dtype),
+        (definition, torch.float64),
+    ]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, end)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    ratios = [
+        float(((found.double() - true).norm() / (same.double() - true).norm()).detach())
+        for found, same, true in zip(*results, strict=True)
+    ]
+    if max(ratios) > 2:
+        raise SystemExit(f"tree attention is wrong: {max(ratios):.1f} times torch's error")
+    return max(ratios)
+
+
+def tensors(options: argparse.Namespace, size: int) -> list[Tensor]:
+    generator = torch.Generator(options.device).manual_seed(0)
+    heads = (options.heads, options.kv_heads, options.kv_heads, options.heads)
+    make = {"generator": generator, "device": options.device, "dtype": torch.bfloat16}
+    return [torch.randn(size, count, options.size, **make) for count in heads]
+
+
+def ours(packed: Row, q: Tensor, k: Tensor) -> Attend:
+    end = packed.end.to(q.device)
+    blocks = kernels.attention_blocks(end, group=q.shape[1] // k.shape[1], size=q.shape[2], dtype=q.dtype)
+    return lambda q, k, v: kernels.tree_attention(q, k, v, end, blocks=blocks)
+
+
+def flex(packed: Row, q: Tensor, k: Tensor) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    end = packed.end.to(q.device)
+    size = len(end)
+
+    def sees(batch, head, i, j):
+        return (j <= i) & (i < end[j])
+
+    mask = create_block_mask(sees, None, None, size, size, device=str(q.device))
+    attend = torch.compile(flex_attention) if q.is_cuda else flex_attention
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        return attend(*heads, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return call
+
+
+def sdpa(packed: Row, q: Tensor, k: Tensor) -> Attend | None:
+    if packed.name != "causal":
+        return None
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return call
+
+
+def varlen(packed: Row, q: Tensor, k: Tensor) -> Attend | None:
+    """FlashAttention on the unrolled sequences: every leaf's path, computed alone."""
+    if not q.is_cuda or importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_varlen_func
+
+    token = torch.arange(len(packed.end))
+    leaves = packed.position[packed.end == token + 1] + 1
+    starts = torch.nn.functional.pad(leaves.cumsum(0), (1, 0)).int().to(q.device)
+    # which tokens does not matter for time: the paths' lengths do
+    index = torch.arange(int(leaves.sum()), device=q.device) % len(token)
+    longest = int(leaves.max())
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_varlen_func(
+            q[index], k[index], v[index], starts, starts, longest, longest, causal=True
+        )[: len(token)]
+
+    return call
+
+
+PEERS: dict[str, Callable[[Row, Tensor, Tensor], Attend | None]] = {
+    "silva": ours,
+    "flex": flex,
+    "sdpa": sdpa,
+    "flash varlen": varlen,
+}
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    import triton
+
+    return triton.testing.do_bench(call, warmup=50, rep=200, return_mode="median")
+
+
+def measure(
+    options: argparse.Namespace, packed: Row, name: str, attend: Attend, leaves: list[Tensor], grad: Tensor
+) -> dict[str, Any]:
+    flops = 4 * options.size * options.heads * packed.area
+    cpu_flex = name == "flex" and not grad.is_cuda  # it has no backward there, and says so in the forward
+    if cpu_flex:
+        leaves = [x.detach() for x in leaves]
+    found = {"row": packed.name, "tokens": len(packed.end), "who": name}
+    found["forward_ms"] = milliseconds(lambda: attend(*leaves))
+    found["forward_tflops"] = flops / found["forward_ms"] / 1e9
+    if not cpu_flex:
+        out = attend(*leaves)
+        found["backward_ms"] = milliseconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+        found["backward_tflops"] = 2.5 * flops / found["backward_ms"] / 1e9
+    if name == "silva":
+        end, group = packed.end.to(grad.device), options.heads // options.kv_heads
+        found["lists_ms"] = milliseconds(
+            lambda: kernels.attention_blocks(end, group=group, size=options.size, dtype=grad.dtype)
+        )
+    print(
+        " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{v!s:>12}" for n, v in found.items()),
+        flush=True,
+    )
+    return found
+
+
+def speed(options: argparse.Namespace, mint: list[Runs]) -> list[dict[str, Any]]:
+    results = []
+    for size in options.sizes:
+        *leaves, grad = tensors(options, size)
+        leaves = [x.requires_grad_() for x in leaves]
+        for packed in rows(size, mint):
+            for name, make in PEERS.items():
+                attend = make(packed, leaves[0], leaves[1])
+                if attend is not None:
+                    results.append(measure(options, packed, name, attend, leaves, grad))
+    return results
+
+
+def tune(options: argparse.Namespace) -> None:
+    """The fastest candidate of each kernel on trees, written where the kernels look for it."""
+    from triton.runtime.errors import OutOfResources
+
+    packed = rows(options.sizes[-1], [])[2]
+    *leaves, grad = tensors(options, len(packed.end))
+    leaves = [x.requires_grad_() for x in leaves]
+    what = tree_attention_tiles.problem(
+        grad.device, options.size, grad.dtype, options.heads // options.kv_heads
+    )
+    best = tree_attention_tiles.tiles(what)
+    for field in Tiles._fields:
+        timed = []
+        for tile in CANDIDATES[field]:
+            tree_attention_tiles.tuned()[what.key] = best._replace(**{field: tile})
+            try:
+                attend = ours(packed, *leaves[:2])
+                found = measure(options, packed, "tuning", attend, leaves, grad)
+            except OutOfResources:
+                continue
+            timed.append((found["forward_ms" if field == "forward" else "backward_ms"], tile))
+        best = best._replace(**{field: min(timed)[1]})
+    tree_attention_tiles.tuned()[what.key] = best
+    tree_attention_tiles.save_tuned()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", action="store_true", help="tile counts only; no GPU needed")
+    parser.add_argument("--smoke", action="store_true", help="tiny rows, to see that everything runs")
+    parser.add_argument("--tune", action="store_true", help="first find and keep the fastest tiles")
+    parser.add_argument("--sizes", type=int, nargs="+", help="row lengths")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--size", type=int, default=128, help="of a head")
+    parser.add_argument("--data", type=Path, nargs=2, metavar=("MINT", "TOKENIZER"))
+    parser.add_argument("--out", type=Path, help="write results here as JSON")
+    options = parser.parse_args(arguments)
+    options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.smoke:
+        options.heads, options.kv_heads, options.size = 2, 1, 16
+    options.sizes = options.sizes or (
+        [96] if options.smoke else [4096] if options.plan else [4096, 8192, 16384, 32768]
+    )
+    mint = mint_trees(*options.data) if options.data else []
+    if options.plan:
+        figures: dict[str, Any] = plan(options, mint)
+        results: list[dict[str, Any]] = []
+    else:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        print(f"{name}, torch {torch.__version__}, python {platform.python_version()}")
+        figures = {"error_over_torch": round(check(options, 96 if options.smoke else 2048), 3)}
+        if options.tune:
+            tune(options)
+        results = speed(options, mint)
+        for found in results:
+            if found["who"] == "silva":
+                key = f"{found['row']}_{found['tokens']}"
+                figures |= {f"{key}_forward_tflops": round(found["forward_tflops"], 4)}
+                figures |= {f"{key}_backward_tflops": round(found["backward_tflops"], 4)}
+    if options.out:
+        options.out.write_text(json.dumps({"figures": figures, "results": results}, indent=1) + "\n")
+    print(" ".join(f"{key}={value}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

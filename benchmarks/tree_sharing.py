@@ -1,0 +1,263 @@
+"""What merging, packing and balancing make of a data set.
+
+    python -m benchmarks.tree_sharing DATA ... --tokenizer FOLDER     DATA is path:format[:field=column,...]
+    python -m benchmarks.tree_sharing RECIPE.yaml ...
+    python -m benchmarks.tree_sharing --synthetic ultrainteract --synthetic ultrainteract-rm
+
+- unrolled: tokens of all sequences, each once; sides: tokens of all comparisons' sequences, as pair trainers compute
+  them; unique: tokens of the merged trees; ratio: unrolled / unique, sides / unique. Of whole trees, however long.
+- tile ratio: 128 x 128 tiles of the attention matrix that hold a visible pair, unrolled sequences over packed trees.
+- row fill: tokens over rows x row length, rows of one rank.
+- imbalance: cost of the slowest of so many data-parallel ranks over their mean, averaged over the global batches.
+
+The last two are of global batches in shuffled order, as a run draws them (`--global-batch`, `--row-length`, or a
+recipe's own); costs are those of a 7B model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import common, shapes
+from silva.engine import config
+from silva.engine.config import Data
+from silva.engine.data.balance import row_cost_model, tiles_visited
+from silva.engine.data.chat import ChatTokenizer
+from silva.engine.data.dataset import DataSet
+from silva.engine.data.encoding import Unit
+from silva.engine.data.formats import FORMATS
+from silva.engine.data.group import ABSENT, TokenGroup
+from silva.engine.data.loader import BatchPlan
+from silva.engine.data.tree import Tree, merge
+from silva.engine.errors import UserError
+
+TILE = 128
+RANKS = (1, 8, 64)
+# Mistral-7B's shape (arXiv 2310.06825, Table 1)
+COST = row_cost_model(
+    hidden=4096, layers=32, ffn=14336, heads=32, head_dim=128, kv_heads=8, vocab=32_000, scored=0.3
+)
+SYNTHETIC: dict[str, Callable[..., list[shapes.Tree]]] = {
+    "ultrainteract": shapes.ultrainteract,
+    "ultrainteract-interactive": partial(shapes.ultrainteract, only="interactive"),
+    "ultrainteract-rm": shapes.ultrainteract_rm,
+}
+
+
+@dataclass
+class Sharing:
+    """The figures of one data set."""
+
+    trees: int
+    sequences: int
+    comparisons: int
+    unrolled: int
+    sides: int
+    unique: int
+    tile_ratio: float
+    row_fill: float
+    imbalance: dict[int, float]
+    row_length: int
+    global_batch: int
+    steps: int  # global batches that row fill and imbalance were measured over
+
+
+def measure(data: DataSet, unit: Unit, *, row_length: int, global_batch: int, steps: int) -> Sharing:
+    """Merge every tree, then lay out the first `steps` global batches for each number of ranks.
+
+    Raises:
+        SystemExit: a merged tree does not hold its sequences.
+    """
+    unrolled = sides = unique = 0
+    trees, plain = _Tiles(row_length), _Tiles(row_length)
+    for k in range(len(data)):
+        group = data.group(k)
+        tree = merge(group)
+        _check(tree, group)
+        unrolled += int(group.length.sum())
+        sides += int(group.length[group.comparisons[group.comparisons != ABSENT]].sum())
+        unique += len(tree)
+        trees.add(tree.subtree_end)
+        for length in group.length.tolist():
+            plain.add(np.full(length, length, np.int32))
+    units = int(data.units(unit).sum())
+    plans = {
+        ranks: BatchPlan(
+            data,
+            unit=unit,
+            global_batch=min(global_batch, units),
+            row_length=row_length,
+            shuffle=True,
+            ranks=ranks,
+            cost=COST,
+        )
+        for ranks in RANKS
+    }
+    count = min(steps, max(1, units // global_batch))  # whole batches, if there is one
+    batches = {ranks: [plan[step] for step in range(count)] for ranks, plan in plans.items()}
+    alone = batches[1]
+    return Sharing(
+        trees=len(data),
+        sequences=data.sequences,
+        comparisons=data.comparisons,
+        unrolled=unrolled,
+        sides=sides,
+        unique=unique,
+        tile_ratio=plain.total() / trees.total(),
+        row_fill=sum(b.unique for b in alone) / (sum(b.tokens.size for b in alone) * row_length),
+        imbalance={r: float(np.mean([b.imbalance for b in found])) for r, found in batches.items()},
+        row_length=row_length,
+        global_batch=min(global_batch, units),
+        steps=count,
+    )
+
+
+class _Tiles:
+    """Tiles visited by documents that fill rows one after the other."""
+
+    def __init__(self, row_length: int) -> None:
+        self.row_length = row_length
+        self.row: list[NDArray[np.int32]] = []
+        self.used = self.visited = 0
+
+    def add(self, subtree_end: NDArray[np.int32]) -> None:
+        if self.used + len(subtree_end) > self.row_length:
+            self.total()
+        self.row.append(subtree_end + np.int32(self.used))
+        self.used += len(subtree_end)
+
+    def total(self) -> int:
+        """Close the row; the tiles so far."""
+        if self.row:
+            self.visited += tiles_visited(np.concatenate(self.row), TILE, TILE)
+        self.row, self.used = [], 0
+        return self.visited
+
+
+def _check(tree: Tree, group: TokenGroup) -> None:
+    """The tokens that a sequence's last token sees are the sequence."""
+    index = np.arange(len(tree))
+    for last, sequence in zip(tree.last, group.sequences(), strict=True):
+        seen = tree.tokens[(index <= last) & (tree.subtree_end > last)]
+        if not np.array_equal(seen, sequence.tokens):
+            raise SystemExit("a merged tree does not hold its sequences")
+
+
+def data_sets(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, DataSet, Unit, int, int]]:
+    """(what it was called, data, unit, row length, global batch) of every data set of the command line."""
+    row_length, global_batch = options.row_length, options.global_batch
+    for name in options.synthetic or []:
+        trees = SYNTHETIC[name](options.trees, scale=options.scale)
+        yield name, common.synthetic(trees, row_length), "comparison", row_length, global_batch
+    for text in options.data:
+        print(text)
+        if text.endswith((".yaml", ".yml")):
+            recipe = config.load(text)
+            tokenizer = ChatTokenizer.load(
+                recipe.tokenizer_path,
+                chat_template=recipe.tokenizer.chat_template,
+                add_bos=recipe.tokenizer.add_bos,
+                append_eos=recipe.tokenizer.append_eos,
+            )
+            unit: Unit = "sequence" if recipe.objective.name == "sft" else "comparison"
+            settings, batch = recipe.data, recipe.training.global_batch
+        else:
+            source = common.source(text, limit=options.limit)
+            if options.tokenizer is None:
+                raise UserError(f"{text}: text needs --tokenizer FOLDER")
+            tokenizer = ChatTokenizer.load(options.tokenizer, chat_template=options.chat_template)
+            unit = "comparison" if "comparison" in FORMATS[source.format].kinds else "sequence"
+            settings = Data(train=[source], row_length=row_length, too_long="drop", on_bad_row="skip")
+            batch = global_batch
+        data = common.read(settings.train, tokenizer, settings, unit=unit, cache=work / "cache")
+        yield text, data, unit, settings.row_length, batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="*", metavar="DATA")
+    parser.add_argument("--synthetic", action="append", choices=list(SYNTHETIC), help="may be repeated")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--chat-template", help="default: the tokenizer's own")
+    parser.add_argument("--limit", type=int, help="rows of each DATA that are read")
+    parser.add_argument("--trees", type=int, default=2000, help="synthetic trees")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the synthetic lengths")
+    parser.add_argument("--row-length", type=int, default=8192)
+    parser.add_argument("--global-batch", type=int, default=512, help="comparisons (sequences) per step")
+    parser.add_argument("--steps", type=int, default=4, help="global batches that are laid out")
+    parser.add_argument("--smoke", action="store_true", help="a few short synthetic trees")
+    options = parser.parse_args()
+    if options.smoke:
+        options.trees, options.scale, options.steps, options.row_length = 40, 0.1, 1, 2048
+        options.synthetic = options.synthetic or list(SYNTHETIC)
+    if not options.data and not options.synthetic:
+        parser.error("give a data set, a recipe, or --synthetic")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report(options, Path(folder))
+    except UserError as error:
+        parser.exit(2, f"tree_sharing: error: {error}\n")
+
+
+def report(options: argparse.Namespace, work: Path) -> None:
+    """Measure every data set and print what came out."""
+    found: dict[str, Sharing] = {}
+    for text, data, unit, row_length, global_batch in data_sets(options, work):
+        found[common.label(text, found)] = measure(
+            data, unit, row_length=row_length, global_batch=global_batch, steps=options.steps
+        )
+    lines = [
+        (
+            name,
+            s.trees,
+            s.sequences,
+            s.comparisons,
+            s.unrolled,
+            s.unique,
+            s.unrolled / s.unique,
+            s.sides / s.unique,
+            s.tile_ratio,
+            s.row_fill,
+            *s.imbalance.values(),
+        )
+        for name, s in found.items()
+    ]
+    columns = (
+        "trees",
+        "sequences",
+        "comparisons",
+        "unrolled",
+        "unique",
+        "ratio",
+        "sides",
+        "tiles",
+        "row fill",
+    )
+    common.show("sharing", ("data", *columns, *(f"{ranks} ranks" for ranks in RANKS)), lines)
+    common.finish(common.environment(tile=TILE))
+    for name, s in found.items():
+        figures: dict[str, object] = {
+            "ratio": s.unrolled / s.unique,
+            "sides_ratio": s.sides / s.unique,
+            "tile_ratio": s.tile_ratio,
+            "row_fill": s.row_fill,
+            "row_length": s.row_length,
+            "global_batch": s.global_batch,
+            "batches": s.steps,
+        }
+        common.finish({f"{name}_{figure}": value for figure, value in figures.items()})
+        common.finish({f"{name}_imbalance_{ranks}": value for ranks, value in s.imbalance.items()})
+
+
+if __name__ == "__main__":
+    main()

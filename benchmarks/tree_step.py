@@ -1,0 +1,314 @@
+"""The same comparisons as packed trees, as packed but unrolled sequences, and as one padded pair at a time.
+
+    python -m benchmarks.tree_step [DATA --format F --tokenizer FOLDER]
+
+Without DATA: synthetic trees with UltraInteract's statistics (its interactive lines). The model, its weights and the
+code that runs them are the same for all three:
+
+- tree: rows as the engine packs them;
+- unrolled: every sequence a document of its own; the sequences of as many comparisons of a tree as fit lie in one
+  row, each once, rows filled first-fit decreasing;
+- pairs: one row per comparison, its two sequences and padding to twice the longer one.
+
+Losses and gradients are compared first, in float64. Then a forward and a backward pass over all rows is timed in
+float32, in turns. Operations counted: a weight 6 per token; a visible pair of tokens 14 x head size per head (the
+backward pass computes scores again); the output matrix 8 per weight and scored position (the backward pass computes
+logits again). Norms, rotations, softmax and padding inside attention tiles are not counted: that is overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from silva.engine.parallel import groups, optimizer
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks import common, shapes
+from silva.engine.config import Data, Objective, Parallel, Source, Training
+from silva.engine.data.balance import row_cost_model
+from silva.engine.data.chat import ChatTokenizer
+from silva.engine.data.dataset import DataSet
+from silva.engine.data.group import ABSENT, TokenGroup
+from silva.engine.data.loader import BatchPlan
+from silva.engine.data.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.tree import merge
+from silva.engine.errors import UserError
+from silva.engine.metrics import preference_sums
+from silva.engine.model import gpt, hf
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.passes import run_rows
+from silva.engine.trainer import ROW_MULTIPLE
+
+EQUAL = 1e-9  # relative; float64 sums in another order
+Bundle = list[tuple[int, int, int]]  # comparisons: tree, chosen, rejected
+
+
+def tree_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]) -> list[TreeBatch]:
+    """As the engine packs them."""
+    plan = BatchPlan(data, unit="comparison", global_batch=data.comparisons, row_length=row_length)
+    return [
+        pack_row(row, multiple=ROW_MULTIPLE, pad_id=0, reference_logprob=reference) for row in plan[0].rows
+    ]
+
+
+def unrolled_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]) -> list[TreeBatch]:
+    """Nothing shared, each sequence of a row once."""
+    bundles: list[tuple[int, Bundle]] = []
+    for k in range(len(data)):
+        group = data.group(k)
+        held: set[int] = set()
+        bundle: Bundle = []
+        for chosen, rejected in group.comparisons.tolist():
+            wider = held | {chosen, rejected}
+            if bundle and int(group.length[list(wider)].sum()) > row_length:
+                bundles.append((int(group.length[list(held)].sum()), bundle))
+                wider, bundle = {chosen, rejected}, []
+            held = wider
+            bundle.append((k, chosen, rejected))
+        bundles.append((int(group.length[list(held)].sum()), bundle))
+    rows: list[tuple[int, Bundle]] = []
+    for length, bundle in sorted(bundles, key=lambda item: -item[0]):
+        place = next((r for r, (used, _) in enumerate(rows) if used + length <= row_length), len(rows))
+        if place == len(rows):
+            rows.append((0, []))
+        rows[place] = (rows[place][0] + length, rows[place][1] + bundle)
+    return [_documents(data, bundle, ROW_MULTIPLE, reference) for _, bundle in rows]
+
+
+def pair_rows(data: DataSet, reference: NDArray[np.float32]) -> list[TreeBatch]:
+    """One comparison a row, padded to twice its longer sequence."""
+    found = []
+    for k in range(len(data)):
+        group = data.group(k)
+        for chosen, rejected in group.comparisons.tolist():
+            size = 2 * int(group.length[[chosen, rejected]].max())
+            found.append(_documents(data, [(k, chosen, rejected)], size, reference))
+    return found
+
+
+def _documents(data: DataSet, bundle: Bundle, multiple: int, reference: NDArray[np.float32]) -> TreeBatch:
+    """One row in which every sequence of some comparisons is a document of its own."""
+    place: dict[tuple[int, int], int] = {}
+    pairs = [[place.setdefault((k, side), len(place)) for side in sides] for k, *sides in bundle]
+    by_tree = {k: data.group(k) for k, _ in place}
+    none = np.zeros((0, 2), np.int32), np.zeros(0, bool)
+    pieces = [
+        Piece(
+            merge(TokenGroup.of([by_tree[k].sequence(side)])),
+            np.array([by_tree[k].first_sequence + side]),
+            *none,
+        )
+        for k, side in place
+    ]
+    row = pack_row(pieces, multiple=multiple, pad_id=0, reference_logprob=reference)
+    row.comparisons = torch.tensor(pairs, dtype=torch.int32)
+    absolute = [
+        bool(by_tree[k].absolute[(by_tree[k].comparisons == sides).all(1)][0]) for k, *sides in bundle
+    ]
+    row.absolute = torch.tensor(absolute)
+    return row
+
+
+class Model:
+    """One copy of the checkpoint in one float type."""
+
+    def __init__(self, folder: Path, objective: str, dtype: torch.dtype, comparisons: int) -> None:
+        self.objective, self.comparisons = OBJECTIVES[objective], comparisons
+        self.settings = Objective.model_validate({"name": objective})
+        layout = Parallel(distributed_optimizer=False)
+        self.shape = hf.read_shape(folder)
+        bare = gpt.build(self.shape, layout, head=self.objective.head, dtype=dtype)
+        hf.load(bare, folder, self.shape)
+        self.chunks: list[Any] = [*optimizer.wrap(bare, layout)]
+        optimizer.build(self.chunks, Training(global_batch=1, learning_rate=1.0), layout)
+
+    def run(self, rows: list[TreeBatch]) -> float:
+        """The loss; gradients are in the model's buffers."""
+
+        def loss(values: Tensor, row: TreeBatch) -> tuple[Tensor, Tensor]:
+            result = self.objective.preference(
+                values, row.reference_logprob, row.scored, row.comparisons, row.absolute, None, self.settings
+            )
+            return result.loss.sum() / self.comparisons, preference_sums(result, row.comparisons)
+
+        self.chunks[0].zero_grad_buffer()
+        return float(run_rows(self.chunks, rows, loss, training=True)[0]) / self.comparisons
+
+    def gradients(self) -> list[Tensor]:
+        return [p.main_grad.clone() for p in self.chunks[0].parameters()]
+
+    def operations(self, rows: list[TreeBatch]) -> float:
+        """Floating-point operations of a forward and a backward pass, as the module says."""
+        shape = self.shape
+        cost = row_cost_model(
+            hidden=shape.hidden,
+            layers=shape.layers,
+            ffn=shape.ffn,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            kv_heads=shape.kv_heads,
+            vocab=shape.vocab,
+            scored=0.0,
+        )
+        tokens = sum(len(row.tokens) for row in rows)
+        pairs = sum(int((row.position.long() + 1).sum()) for row in rows)  # a token sees its depth + 1 tokens
+        scored = sum(len(row.target) for row in rows) if self.objective.head == "lm" else 0
+        return cost(tokens, pairs) + 8.0 * shape.hidden * shape.vocab * scored
+
+
+def apart(model: Model, rows: dict[str, list[TreeBatch]]) -> tuple[float, float]:
+    """Largest relative difference from the trees' loss, and from any parameter's gradient, over the layouts."""
+    loss = model.run(rows["tree"])
+    gradients = model.gradients()
+    losses, norms = [], []
+    for name in ("unrolled", "pairs"):
+        losses.append(abs(model.run(rows[name]) - loss) / abs(loss))
+        norms += [
+            float((a - b).norm() / b.norm())
+            for a, b in zip(model.gradients(), gradients, strict=True)
+            if b.any() or a.any()
+        ]
+    return max(losses), max(norms)
+
+
+def read(options: argparse.Namespace, cache: Path) -> DataSet:
+    """The comparisons to run."""
+    if options.data is None:
+        size = {"scale": options.scale, "vocabulary": options.vocabulary}
+        trees = shapes.ultrainteract(options.trees, only="interactive", **size)
+        return common.synthetic(trees, options.row_length)
+    if options.tokenizer is None:
+        raise UserError(f"{options.data}: text needs --tokenizer FOLDER")
+    absolute = options.objective == "bt_dr"  # read by no other objective
+    source = Source(path=options.data, format=options.format, limit=options.limit, absolute=absolute)
+    settings = Data(train=[source], row_length=options.row_length, too_long="drop", on_bad_row="skip")
+    tokenizer = ChatTokenizer.load(options.tokenizer, chat_template=options.chat_template)
+    data = common.read([source], tokenizer, settings, unit="comparison", cache=cache)
+    options.vocabulary = tokenizer.vocab_size
+    taken = DataSet.of(_first(data.group(k), options.per_tree) for k in range(min(options.trees, len(data))))
+    print(f"{taken.comparisons} of {data.comparisons} comparisons are taken (--trees, --per-tree)")
+    if any((taken.group(k).comparisons == ABSENT).any() for k in range(len(taken))):
+        raise UserError(f"{options.data}: holds unpaired feedback; this benchmark needs pairs")
+    return taken
+
+
+def _first(group: TokenGroup, count: int) -> TokenGroup:
+    """The first comparisons of a tree."""
+    pairs = group.comparisons[:count]
+    used = np.unique(pairs[pairs != ABSENT])
+    renumbered = np.where(pairs == ABSENT, ABSENT, np.searchsorted(used, pairs))
+    return TokenGroup.of([group.sequence(k) for k in used.tolist()], renumbered, group.absolute[:count])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="?", metavar="DATA")
+    parser.add_argument("--format", default="ultrainteract_pair")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--chat-template", help="default: the tokenizer's own")
+    parser.add_argument("--limit", type=int, help="rows of DATA that are read")
+    parser.add_argument("--trees", type=int, default=8, help="trees that are taken")
+    parser.add_argument(
+        "--per-tree", type=int, default=8, help="comparisons of DATA that are taken of each tree"
+    )
+    parser.add_argument(
+        "--objective", default="dpo", choices=[n for n in OBJECTIVES if n not in ("sft", "kto")]
+    )
+    parser.add_argument("--row-length", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of the synthetic data")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the synthetic lengths")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and short texts, seconds")
+    options = parser.parse_args()
+    if options.smoke:
+        options.hidden, options.layers, options.vocabulary = 32, 2, 512
+        options.scale, options.trees, options.repeats, options.row_length = 0.05, 6, 1, 512
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            groups.initialize(Parallel(distributed_optimizer=False))
+            try:
+                report(options, Path(folder))
+            finally:
+                groups.shutdown()
+    except UserError as error:
+        parser.exit(2, f"tree_step: error: {error}\n")
+
+
+def report(options: argparse.Namespace, work: Path) -> None:
+    """Check, time and print."""
+    data = read(options, work / "cache")
+    reward = OBJECTIVES[options.objective].head == "reward"
+    size = {"vocabulary": options.vocabulary, "hidden": options.hidden, "layers": options.layers}
+    parameters = common.save_model(work / "model", reward=reward, **size)
+    scored = np.concatenate([data.group(k).scored for k in range(len(data))])
+    # a reference near the policy's own scale, so that no loss is saturated
+    noise = np.random.default_rng(0).normal(size=len(scored))
+    reference = (noise - scored * np.log(options.vocabulary)).astype(np.float32)
+    rows = {
+        "tree": tree_rows(data, options.row_length, reference),
+        "unrolled": unrolled_rows(data, options.row_length, reference),
+        "pairs": pair_rows(data, reference),
+    }
+
+    exact = Model(work / "model", options.objective, torch.float64, data.comparisons)
+    loss_difference, gradient_difference = apart(exact, rows)
+    if not max(loss_difference, gradient_difference) < EQUAL:
+        raise SystemExit(
+            f"not equal: loss {loss_difference:.3g}, gradient {gradient_difference:.3g} relative"
+        )
+    operations = {name: exact.operations(part) for name, part in rows.items()}
+    del exact
+
+    model = Model(work / "model", options.objective, torch.float32, data.comparisons)
+
+    def runs(part: list[TreeBatch]) -> Callable[[], object]:
+        return lambda: model.run(part)
+
+    timed = {name: runs(part) for name, part in rows.items()}
+    for part in rows.values():
+        model.run(part[:1])  # warm-up
+    seconds = common.in_turns(timed, options.repeats)
+    faster = {name: common.ratio(seconds[name], seconds["tree"]) for name in rows}
+    fewer = {name: operations[name] / operations["tree"] for name in rows}
+    lines = [
+        (
+            name,
+            len(part),
+            sum(len(row.tokens) for row in part),
+            operations[name] / 1e9,
+            statistics.median(seconds[name]) / data.comparisons,
+            operations[name] / 1e9 / statistics.median(seconds[name]),
+            faster[name],
+            faster[name] / fewer[name],
+        )
+        for name, part in rows.items()
+    ]
+    columns = ("rows", "tokens", "GFLOP", "s/comparison", "GFLOP/s", "x tree's time", "over FLOP ratio")
+    common.show(f"{data.comparisons} comparisons, {len(data)} trees", ("layout", *columns), lines)
+    environment = common.environment(parameters=parameters, objective=options.objective, **size)
+    common.finish(environment | {"row_length": options.row_length, "comparisons": data.comparisons})
+    common.finish({"ratio_over_pairs": faster["pairs"], "flop_ratio": fewer["unrolled"]})
+    print(
+        f"ratio={faster['unrolled']:.4g} ratio_over_flops={faster['unrolled'] / fewer['unrolled']:.4g} "
+        f"max_loss_diff={loss_difference:.3g} max_grad_diff={gradient_difference:.3g}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Will it fit, how fast: memory and time of a run on any number of GPUs, predicted without one."""

@@ -1,0 +1,242 @@
+"""One rank of a job of any size, really built and stepped without a GPU, and what it holds and costs.
+
+The real `gpt.build`, `optimizer.wrap` and `optimizer.build` run on the meta device in a process group that only
+pretends (any world size), then one micro-batch goes forward and backward through the real modules. Triton kernels are
+not launched, but the code around them runs: what it allocates and saves for the backward pass is counted.
+
+S tokens of a row, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from silva.engine.parallel import groups, optimizer
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from silva.engine.config import Parallel, Training
+from silva.engine.data.chat import TokenSequence
+from silva.engine.data.group import TokenGroup
+from silva.engine.data.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.tree import merge
+from silva.engine.errors import UserError
+from silva.engine.model import gpt
+from silva.engine.model.hf_layout import ModelShape
+from silva.engine.planning.meter import Cost, Meter
+from silva.kernels import dispatch
+from silva.kernels.tree_attention_backward import query_gradient_kernel
+from silva.kernels.tree_attention_forward import forward_kernel
+
+SEQUENCES = 16  # of the row that is stepped; rows are padded to a multiple of it
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides what a rank holds."""
+
+    shape: ModelShape
+    parallel: Parallel
+    training: Training
+    head: gpt.Head
+    dtype: torch.dtype
+    world: int
+    row_length: int  # S, a multiple of what rows are padded to
+
+
+@dataclass
+class Chunk:
+    """One model chunk of a stage and one micro-batch through it; bytes."""
+
+    layers: int
+    parameters: int  # elements
+    saved: float  # kept from the forward to the backward pass, the input included
+    forward_peak: float  # beyond `saved`, at the worst moment of the forward pass
+    backward_peak: float  # beyond `saved`, at the worst moment of the backward pass
+    forward: Cost
+    backward: Cost  # recomputation included
+    output: tuple[int, ...] = ()  # shape of what the chunk gives
+    tensors: int = 0  # parameter tensors
+    reached: int = 0  # of them, those whose gradient arrived in its buffer
+
+
+@dataclass
+class Stage:
+    """What one rank of a pipeline stage allocates for good, in bytes, and its chunks."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float  # megatron-core's own, kept for gathering rows
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+def measure(job: Job, rank: int) -> Stage:
+    """Build and step rank `rank` of `job`, in this process: call it through `isolated`.
+
+    Raises:
+        UserError: the layout fits neither the model nor the world.
+    """
+    meter = Meter()
+    with _rank(job, rank), _no_launches(meter):
+        chunks, held = _build(job)
+        stepped = [_step(job, chunk, meter) for chunk in chunks]
+        return Stage(
+            parameters=_storages(p for c in chunks for p in c.parameters()),
+            gradients=_storages(p.main_grad for c in chunks for p in c.parameters()),
+            optimizer=held,
+            buffers=_pool_bytes(),
+            chunks=stepped,
+        )
+
+
+# ---------------------------------------------------------------- a rank that pretends
+
+
+@contextmanager
+def _rank(job: Job, rank: int) -> Iterator[None]:
+    """Groups of a world in which only this process exists; new modules are made on the meta device."""
+    cuda, state, own_groups = _any(torch.cuda), _any(parallel_state), parallel_state.create_group
+    cuda.current_device = lambda: META
+    # gloo would look for the other processes; the pretended backend stands in for it too
+    state.create_group = lambda *args, **options: own_groups(*args, **options | {"backend": "fake"})
+    dist.init_process_group("fake", rank=rank, world_size=job.world, store=FakeStore())
+    groups.initialize(job.parallel)
+    yield
+    groups.shutdown()
+    state.create_group = own_groups
+
+
+@contextmanager
+def _no_launches(meter: Meter) -> Iterator[None]:
+    """Kernels are taken as on a GPU, but a launch only counts what it would have moved."""
+    if dispatch.triton is None:
+        raise UserError("the plan runs the code around the Triton kernels: install triton, or plan on Linux")
+    from triton.runtime.jit import KernelInterface
+
+    def launcher(kernel: Any, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            meter.cost.attention += kernel is forward_kernel
+            meter.cost.attention_backward += kernel is query_gradient_kernel
+            meter.kernel([getattr(x, "base", x) for x in args])  # tensor descriptors have a base
+
+        return launch
+
+    interface, switch = _any(KernelInterface), _any(dispatch)
+    before = interface.__getitem__, switch.INTERPRETED
+    interface.__getitem__, switch.INTERPRETED = launcher, True
+    yield
+    interface.__getitem__, switch.INTERPRETED = before
+
+
+def _any(target: object) -> Any:
+    return target
+
+
+# ---------------------------------------------------------------- building
+
+
+def _build(job: Job) -> tuple[list[Any], float]:
+    """The wrapped chunks and the bytes of optimizer state."""
+    bare = gpt.build(job.shape, job.parallel, head=job.head, dtype=job.dtype)
+    chunks: list[Any] = [*optimizer.wrap(bare, job.parallel)]
+    made = optimizer.build(chunks, job.training, job.parallel)
+    return chunks, _optimizer_bytes(made, chunks)
+
+
+def _optimizer_bytes(made: Any, chunks: list[Any]) -> float:
+    """Main parameters, where they are not the model's own, and both moments, which the first step makes."""
+    own = {p.untyped_storage()._cdata for chunk in chunks for p in chunk.parameters()}
+    total = 0.0
+    for part in getattr(made, "chained_optimizers", [made]):
+        for p in (p for group in part.optimizer.param_groups for p in group["params"]):
+            copy = 0 if p.untyped_storage()._cdata in own else p.element_size()
+            total += p.numel() * (copy + 2 * torch.float32.itemsize)
+    return total
+
+
+def _storages(tensors: Iterable[Tensor]) -> float:
+    found = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return float(sum(found.values()))
+
+
+# ---------------------------------------------------------------- stepping
+
+
+def _step(job: Job, chunk: Any, meter: Meter) -> Chunk:
+    """One micro-batch forward and backward, as megatron-core's schedules do it."""
+    model = chunk
+    while hasattr(model, "module"):
+        model = model.module
+    chunk.train()
+    versions = [p.main_grad._version for p in chunk.parameters()]
+    meter.restart()
+    before = meter.live
+    shared = _pool_bytes()
+    with meter, chunk.no_sync():
+        batch = plain_row(job.row_length).to(META)
+        if not model.pre_process:
+            model.set_input_tensor(_hidden(job, requires_grad=True))
+        out = gpt.forward(chunk, batch)
+        shape = tuple(out.shape)
+        forward, highest = meter.cost, meter.peak
+        if not model.post_process:
+            deallocate_output_tensor(out, True)
+        pools = _pool_bytes() - shared
+        saved = meter.live - before - pools
+        meter.restart()
+        gradient = torch.ones_like(out) if model.post_process else _hidden(job)
+        if model.post_process:
+            out.backward(gradient)
+        else:
+            custom_backward(out, gradient)
+        backward, highest_backward = meter.cost, meter.peak
+    del out, gradient, batch
+    model.set_input_tensor(None)
+    reached = [p.main_grad._version > v for p, v in zip(chunk.parameters(), versions, strict=True)]
+    return Chunk(
+        layers=len(model.decoder.layers),
+        parameters=sum(p.numel() for p in chunk.parameters()),
+        saved=saved,
+        forward_peak=highest - before - pools - saved,
+        backward_peak=highest_backward - before - pools - saved,
+        forward=forward,
+        backward=backward,
+        output=shape,
+        tensors=len(reached),
+        reached=sum(reached),
+    )
+
+
+def _pool_bytes() -> float:
+    return _storages(parallel_state.get_global_memory_buffer().buffer.values())
+
+
+def _hidden(job: Job, *, requires_grad: bool = False) -> Tensor:
+    """What stages exchange: (S / tp with sequence parallelism, 1, H)."""
+    parts = job.parallel.tensor if job.parallel.sequence_parallel else 1
+    size = (job.row_length // parts, 1, job.shape.hidden)
+    return torch.empty(size, dtype=job.dtype, device=META, requires_grad=requires_grad)
+
+
+def plain_row(size: int) -> TreeBatch:
+    """A row of `SEQUENCES` unrelated sequences, scored but for their first tokens; size: a multiple of SEQUENCES."""
+    length = size // SEQUENCES
+    sequence = TokenSequence(np.zeros(length, np.int32), np.arange(length) > 0)
+    piece = Piece(
+        merge(TokenGroup.of([sequence])),
+        np.zeros(1, np.int64),
+        np.zeros((0, 2), np.int32),
+        np.zeros(0, bool),
+    )
+    return pack_row([piece] * SEQUENCES, multiple=size, pad_id=0)

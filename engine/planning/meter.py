@@ -1,0 +1,115 @@
+"""What running a module costs, counted operation by operation as torch dispatches them: works on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+# they hand out memory or a view of it and move nothing
+FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+}
+
+
+@dataclass
+class Cost:
+    """What a stretch of work takes on one GPU."""
+
+    flops: float = 0  # of matrix products
+    traffic: float = 0  # bytes that everything else reads and writes
+    wire: float = 0  # bytes this GPU sends in collectives, by the ring algorithm
+    attention: int = 0  # attention operations (one per layer), whose work depends on the trees
+    attention_backward: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in COSTS))
+
+    def scaled(self, factor: float) -> Cost:
+        return Cost(*(getattr(self, name) * factor for name in COSTS))
+
+
+COSTS = ("flops", "traffic", "wire", "attention", "attention_backward")
+
+
+class Meter(TorchDispatchMode):
+    """Counts the cost of what runs under it, and the bytes of live storages that were made under it.
+
+    A storage is freed when torch frees it, so the count at the end of a forward pass is what is kept for the
+    backward pass. Collectives count as ring algorithms send: (n - 1) / n of the whole for a gather or a scatter
+    over n processes, twice that for an all-reduce.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.cost = Cost()
+        self._sizes: dict[int, int] = {}
+
+    def restart(self) -> Cost:
+        """The cost so far; counting goes on from zero, and the peak from what is live."""
+        cost, self.cost, self.peak = self.cost, Cost(), self.live
+        return cost
+
+    def kernel(self, arguments: Sequence[Any]) -> None:
+        """A kernel that torch does not see reads or writes each of its tensors once."""
+        self.cost.traffic += sum(_bytes(x) for x in arguments if isinstance(x, Tensor))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if func.namespace == "c10d":
+            self.cost.wire += _wire_bytes(packet.__name__, args)
+        elif packet in flop_registry:
+            self.cost.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif not func.is_view and packet.__name__ not in FREE:
+            self.cost.traffic += sum(map(_bytes, (*given, *results)))
+        before = {x.untyped_storage()._cdata for x in given}  # what works in place makes nothing
+        for x in results:
+            storage = x.untyped_storage()
+            if storage._cdata not in before and storage._cdata not in self._sizes:
+                self._hold(storage)
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _wire_bytes(name: str, args: tuple[Any, ...]) -> float:
+    group = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
+    if group is None:
+        return 0.0
+    size = dist.ProcessGroup.unbox(group).size()
+    whole = max((_bytes(x) for x in tree_leaves(args) if isinstance(x, Tensor)), default=0)
+    return whole * (size - 1) / size * (2 if name.startswith("allreduce") else 1)

@@ -1,0 +1,208 @@
+"""The best layouts for a cluster: every layout the engine accepts, predicted, and the winners really built.
+
+Building each of hundreds of layouts would take minutes. So for each way of splitting and recomputing a layer, models
+of one and two layers are built and measured as a first, a middle, a last and an only stage, and a layout's stages are
+composed of them: layers add up. What is shown has been built whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from silva.engine.config import Parallel
+from silva.engine.errors import UserError
+from silva.engine.model import gpt
+from silva.engine.planning import built
+from silva.engine.planning.built import Chunk, Job, Stage
+from silva.engine.planning.isolated import isolated_each
+from silva.engine.planning.meter import Cost
+from silva.engine.planning.predict import Prediction, Setting, build_stages, predict
+
+Recompute = Literal["none", "selective", "full"]
+MOST_CHUNKS = 8  # of an interleaved stage
+LARGEST_CLUSTER = 4096  # looked at for the smallest that fits
+
+Way = tuple[int, Recompute, int]  # tensor-parallel size, recomputation, row length
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Chunks of one layer and of two, of one way of splitting and recomputing."""
+
+    only: Chunk
+    first: Chunk
+    middle: Chunk
+    middle_of_two: Chunk
+    last: Chunk
+    buffers: float
+
+
+Probes = dict[Way, Probe]
+
+
+def search(setting: Setting, probes: Probes, top: int) -> list[Prediction]:
+    """The fastest layouts that fit, fastest first, at most `top` ways of splitting the model; each built whole."""
+    best: dict[tuple[int, int], Prediction] = {}
+    for each in sorted(_candidates(setting, probes), key=lambda each: each.time.total):
+        best.setdefault((each.job.parallel.tensor, each.job.parallel.pipeline), each)
+    found: list[Prediction] = []
+    for candidate in best.values():
+        if len(found) == top:
+            break
+        whole = predict(setting, candidate.job, build_stages(candidate.job))
+        if whole.fits:  # a composed stage is a little smaller than a built one: padding of buffers
+            found.append(whole)
+    return sorted(found, key=lambda each: each.time.total)
+
+
+def smallest_cluster(setting: Setting, probes: Probes) -> int | None:
+    """The fewest GPUs, from the setting's on and in whole nodes beyond the first, on which some layout fits."""
+    count = setting.gpus
+    while count <= LARGEST_CLUSTER:
+        if next(_candidates(replace(setting, gpus=count), probes), None) is not None:
+            return count
+        count = count * 2 if count < setting.gpu.per_node else count + setting.gpu.per_node
+    return None
+
+
+# ---------------------------------------------------------------- the space
+
+
+def contexts() -> tuple[int, ...]:
+    """Context-parallel sizes that the engine can build."""
+    return (1,)
+
+
+def layouts(setting: Setting) -> Iterator[Parallel]:
+    """Every layout the engine accepts on this many GPUs, tensor parallelism within a node."""
+    shape, gpus = setting.shape, setting.gpus
+    for tensor in _tensors(setting):
+        for context in contexts():
+            for pipeline in range(1, min(shape.layers, gpus // tensor // context) + 1):
+                if gpus % (tensor * context * pipeline):
+                    continue
+                chunks = [None, *range(2, MOST_CHUNKS + 1)] if pipeline > 1 else [None]
+                for virtual in chunks:
+                    for recompute in get_args(Recompute):
+                        layout = _layout(gpus, tensor, pipeline, virtual, context, recompute)
+                        if _accepted(setting, layout):
+                            yield layout
+
+
+def _tensors(setting: Setting) -> list[int]:
+    """Tensor-parallel sizes: powers of two within a node."""
+    return [2**n for n in range(setting.gpu.per_node.bit_length()) if 2**n <= setting.gpu.per_node]
+
+
+def _layout(
+    gpus: int, tensor: int, pipeline: int, virtual: int | None, context: int, recompute: Recompute
+) -> Parallel:
+    return Parallel(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual,
+        context=context,
+        sequence_parallel=tensor > 1,  # saves activations and sends no more
+        overlap=gpus > tensor * pipeline * context,
+        recompute=recompute,
+    )
+
+
+def _accepted(setting: Setting, layout: Parallel) -> bool:
+    try:
+        gpt.check_layout(setting.shape, layout)
+    except UserError:
+        return False
+    return True
+
+
+def _row_lengths(setting: Setting) -> list[int]:
+    """The recipe's, and its half where every sequence still fits: twice as many micro-batches."""
+    data = setting.recipe.data
+    half = data.row_length // 2
+    return [data.row_length, *([half] if half >= (data.max_length or data.row_length) else [])]
+
+
+def _candidates(setting: Setting, probes: Probes) -> Iterator[Prediction]:
+    """What fits of all layouts and row lengths."""
+    for layout in layouts(setting):
+        for row_length in _row_lengths(setting):
+            probe = probes[layout.tensor, layout.recompute, row_length]
+            job = setting.job(layout, row_length)
+            stages = [_compose(probe, job, place) for place in range(layout.pipeline)]
+            prediction = predict(setting, job, stages)
+            if prediction.fits:
+                yield prediction
+
+
+# ---------------------------------------------------------------- measuring once, composing often
+
+
+def measure_layers(setting: Setting) -> Probes:
+    """Of every way of splitting and recomputing a layer, for any number of GPUs."""
+    tensors = [n for n in _tensors(setting) if _accepted(setting, Parallel(tensor=n))]
+    ways: list[Way] = [
+        (n, recompute, row)
+        for n in tensors
+        for recompute in get_args(Recompute)
+        for row in _row_lengths(setting)
+    ]
+    return dict(zip(ways, isolated_each(_probe, [(setting, *way) for way in ways]), strict=True))
+
+
+def _probe(setting: Setting, tensor: int, recompute: Recompute, row_length: int) -> Probe:
+    def measured(pipeline: int, place: int, layers: int) -> Stage:
+        layout = _layout(tensor * pipeline, tensor, pipeline, None, 1, recompute)
+        job = setting.job(layout, row_length)
+        job = replace(job, shape=replace(job.shape, layers=layers * pipeline), world=tensor * pipeline)
+        return built.measure(job, place * tensor)
+
+    only = measured(1, 0, 1)
+    stages = [measured(3, place, 1) for place in range(3)]
+    two = measured(3, 1, 2)
+    first, middle, last = (stage.chunks[0] for stage in stages)
+    buffers = max(stage.buffers for stage in (only, *stages, two))
+    return Probe(only.chunks[0], first, middle, two.chunks[0], last, buffers)
+
+
+def _compose(probe: Probe, job: Job, place: int) -> Stage:
+    """A stage of any number of layers."""
+    layout = job.parallel
+    count = layout.virtual_pipeline or 1
+    layers = job.shape.layers // (layout.pipeline * count)
+    chunks = []
+    for index in range(count):
+        ends = (place == 0 and index == 0, place == layout.pipeline - 1 and index == count - 1)
+        base = {(True, True): probe.only, (True, False): probe.first, (False, True): probe.last}
+        chunks.append(_grow(probe, base.get(ends, probe.middle), layers))
+    elements = sum(chunk.parameters for chunk in chunks)
+    narrow = job.dtype.itemsize == 2  # then gradients and main weights are wider than the model's
+    owned = elements / (job.world // (layout.tensor * layout.pipeline * layout.context))
+    return Stage(
+        parameters=elements * job.dtype.itemsize,
+        gradients=elements * 4,
+        optimizer=owned * (12 if narrow else 8),
+        buffers=probe.buffers,
+        chunks=chunks,
+    )
+
+
+def _grow(probe: Probe, base: Chunk, layers: int) -> Chunk:
+    """`base`, of one layer, with `layers`."""
+    one, two = probe.middle, probe.middle_of_two
+    more = layers - 1
+
+    def cost(of: Callable[[Chunk], Cost]) -> Cost:
+        return of(base) + (of(two) + of(one).scaled(-1)).scaled(more)
+
+    return Chunk(
+        layers=layers,
+        parameters=base.parameters + more * (two.parameters - one.parameters),
+        saved=base.saved + more * (two.saved - one.saved),
+        forward_peak=max(base.forward_peak, two.forward_peak if more else 0),
+        backward_peak=max(base.backward_peak, two.backward_peak if more else 0),
+        forward=cost(lambda chunk: chunk.forward),
+        backward=cost(lambda chunk: chunk.backward),
+    )

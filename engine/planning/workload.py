@@ -1,0 +1,77 @@
+"""What one optimizer step has to compute: tokens per unit of the global batch, as trees and unrolled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from silva.engine.config import Recipe
+from silva.engine.data import store
+from silva.engine.errors import UserError
+
+SEQUENCE_LENGTH = 1024  # assumed where no data is given, if the recipe allows sequences as long
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A unit is what `training.global_batch` counts: a comparison, or a sequence for sft."""
+
+    unrolled: float  # tokens of a unit's sequences, each alone
+    unique: float  # tokens of a unit's share of its tree
+    depth: float  # keys that a token sees on average, itself included
+    source: str
+
+    @property
+    def sharing(self) -> float:
+        return self.unique / self.unrolled
+
+    def rows(self, units: int, row_length: int, fill: float) -> int:
+        """Packed rows of a global batch."""
+        return max(1, math.ceil(units * self.unique / (row_length * fill)))
+
+
+def assumed(recipe: Recipe, *, length: int | None, ratio: float | None) -> Workload:
+    """From a mean sequence length and a ratio of unique to unrolled tokens.
+
+    The mean depth is length x (1 - ratio / 2): half the length without sharing, and with it nearer to the whole,
+    because it is the shallow tokens that are shared.
+    """
+    length = length or min(SEQUENCE_LENGTH, recipe.data.max_length or recipe.data.row_length)
+    ratio = ratio or 1.0
+    unrolled = length * _sequences(recipe)
+    return Workload(
+        unrolled,
+        unrolled * ratio,
+        length * (1 - ratio / 2),
+        f"assumed: sequences of {length} tokens, {ratio:g} of them unique",
+    )
+
+
+def of_data(recipe: Recipe, folder: Path) -> Workload:
+    """From tokenized data: a run's data cache, or one source's folder in it.
+
+    Raises:
+        UserError: no tokenized data is there, or nothing of the recipe's unit is in it.
+    """
+    unrolled = unique = depth = units = 0
+    for path in sorted(folder.rglob("*.arrow")):
+        shard = store.Shard.open(path)
+        units += int((shard.sequences if _sequences(recipe) == 1 else shard.comparisons).sum())
+        unique += int(shard.tokens.sum())
+        for k in range(len(shard)):
+            group = shard[k]
+            length, shared = group.length.astype(int), group.shared.astype(int)
+            unrolled += int(length.sum())
+            # a sequence adds its tokens at the depths shared + 1 .. length
+            depth += int((length * (length + 1) - shared * (shared + 1)).sum()) // 2
+    if not units:
+        raise UserError(
+            f"--data: {folder} holds no tokenized trees for {recipe.objective.name}; give a run's data cache"
+        )
+    return Workload(unrolled / units, unique / units, depth / unique, f"{folder}: {units:,} units")
+
+
+def _sequences(recipe: Recipe) -> int:
+    """Sequences in a unit."""
+    return 1 if recipe.objective.name == "sft" else 2

@@ -1,0 +1,29 @@
+"""Where an operation runs: as a Triton kernel, on the GPU or in Triton's interpreter, or as plain torch.
+
+Kernel modules take `jit`, `tl` and `triton` from here, so that they can be imported where there is no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+    jit: Any = triton.jit
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:  # Triton is not built for every platform: the torch definitions are all there is then
+    triton = tl = None
+    INTERPRETED = False
+
+    def jit(function: Any = None, **options: Any) -> Any:
+        return function or (lambda decorated: decorated)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether operations on `x` take the kernels: float64 never does, it is what they are judged by."""
+    return triton is not None and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)

@@ -1,0 +1,343 @@
+"""The layer operations between the products, fused: RMSNorm, rotary positions of a tree's tokens, SwiGLU.
+
+    S tokens, H hidden size (heads in `rotary`), D head size, F feed-forward columns
+
+Each is one pass over memory forward and one backward, computed in float32 and rounded once. They take megatron-core's
+tensors as they are: any leading dimensions, heads that are slices of a fused projection, gate and up in one tensor.
+float64, and everything where kernels do not run, takes the torch definitions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from silva.kernels import reference
+from silva.kernels.build import Build
+from silva.kernels.dispatch import jit, runs_kernels, tl, triton
+
+NORM_PROGRAMS = (
+    264  # of the norm's backward pass, two for each of an H100's processors: each sums its rows' gradients
+)
+COLUMN_BLOCK = 1024
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@jit
+def _norm_kernel(
+    # pointers
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    scale_ptr,
+    # shapes and numbers
+    columns,
+    epsilon,
+    # constants
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    o_column = tl.arange(0, BLOCK)
+    mask = o_column < columns
+    x = tl.load(x_ptr + row * columns + o_column, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / columns + epsilon)
+    weight = tl.load(weight_ptr + o_column, mask=mask, other=0.0).to(tl.float32)
+    # the normalised value is rounded before the weight is applied, as Llama's definition does
+    normal = (x * scale).to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(scale_ptr + row, scale)
+    tl.store(out_ptr + row * columns + o_column, (normal * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _norm_backward_kernel(
+    # pointers
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    # shapes
+    rows,
+    columns,
+    # constants
+    BLOCK: tl.constexpr,
+):
+    """Every program takes each `programs`-th row and leaves the sum of their weight gradients in its own line."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    o_column = tl.arange(0, BLOCK)
+    mask = o_column < columns
+    weight = tl.load(weight_ptr + o_column, mask=mask, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program, rows, programs):
+        start = tl.cast(row, tl.int64) * columns
+        x = tl.load(x_ptr + start + o_column, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + start + o_column, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row)
+        normal = x * scale
+        grad_weight += grad * normal.to(x_ptr.dtype.element_ty).to(tl.float32)
+        grad *= weight
+        grad_x = scale * (grad - normal * (tl.sum(grad * normal, 0) / columns))
+        tl.store(grad_x_ptr + start + o_column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + program.to(tl.int64) * columns + o_column, grad_weight, mask=mask)
+
+
+@jit
+def _rotary_kernel(
+    # pointers
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    # strides and sizes
+    token_stride,
+    head_stride,
+    heads,
+    # constants
+    SIGN: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """One token: all heads share its angles. The backward pass turns the other way."""
+    token = tl.program_id(0).to(tl.int64)
+    o_head, o_pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    mask = (o_head < heads) & (o_pair < HALF)
+    cos = tl.load(cos_ptr + token * HALF + o_pair, mask=o_pair < HALF, other=0.0)
+    sin = SIGN * tl.load(sin_ptr + token * HALF + o_pair, mask=o_pair < HALF, other=0.0)
+    pair_ptr = x_ptr + token * token_stride + o_head * head_stride + o_pair
+    first = tl.load(pair_ptr, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pair_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    turned_ptr = out_ptr + (token * heads + o_head) * (2 * HALF) + o_pair
+    kind = out_ptr.dtype.element_ty
+    tl.store(turned_ptr, (first * cos - second * sin).to(kind), mask=mask)
+    tl.store(turned_ptr + HALF, (second * cos + first * sin).to(kind), mask=mask)
+
+
+@jit
+def _swiglu_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_column < columns
+    gate_ptr = x_ptr + row * 2 * columns + o_column
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * columns + o_column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _swiglu_backward_kernel(grad_ptr, x_ptr, grad_x_ptr, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_column < columns
+    o_gate = row * 2 * columns + o_column
+    grad = tl.load(grad_ptr + row * columns + o_column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + o_gate, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + o_gate + columns, mask=mask, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    grad_gate = grad * up * share * (1.0 + gate * (1.0 - share))
+    kind = grad_x_ptr.dtype.element_ty
+    tl.store(grad_x_ptr + o_gate, grad_gate.to(kind), mask=mask)
+    tl.store(grad_x_ptr + o_gate + columns, (grad * gate * share).to(kind), mask=mask)
+
+
+def _norm_options(columns: int) -> tuple[int, int]:
+    """Block and warps: at most sixteen elements of a row per thread, so that the backward pass does not spill."""
+    block = triton.next_power_of_2(columns)
+    return block, min(max(block // 512, 1), 16)
+
+
+def aot_builds(capability: int) -> list[Build]:
+    """bfloat16, for the widths of 7B, 13B and 70B models."""
+    builds = []
+    for columns in (4096, 5120, 8192):
+        block, warps = _norm_options(columns)
+        common = {
+            "x_ptr": "*bf16",
+            "weight_ptr": "*bf16",
+            "scale_ptr": "*fp32",
+            "columns": "i32",
+            "BLOCK": "constexpr",
+        }
+        aligned = ("x_ptr", "weight_ptr", "columns")
+        builds += [
+            Build(
+                f"rms_norm forward H{columns}",
+                _norm_kernel,
+                common | {"out_ptr": "*bf16", "epsilon": "fp32"},
+                {"BLOCK": block},
+                (*aligned, "out_ptr"),
+                warps,
+            ),
+            Build(
+                f"rms_norm backward H{columns}",
+                _norm_backward_kernel,
+                common | {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "partial_ptr": "*fp32", "rows": "i32"},
+                {"BLOCK": block},
+                (*aligned, "grad_ptr", "grad_x_ptr", "partial_ptr"),
+                warps,
+            ),
+        ]
+    for heads in (8, 32, 64):
+        pointers = {
+            "x_ptr": "*bf16",
+            "cos_ptr": "*fp32",
+            "sin_ptr": "*fp32",
+            "out_ptr": "*bf16",
+        }
+        sizes = {"token_stride": "i32", "head_stride": "i32", "heads": "i32"}
+        constants = {"SIGN": 1, "HALF": 64, "PAIRS": 64, "HEADS": heads}
+        builds.append(
+            Build(
+                f"rotary D128 heads {heads}",
+                _rotary_kernel,
+                pointers | sizes | dict.fromkeys(constants, "constexpr"),
+                constants,
+                ("x_ptr", "cos_ptr", "sin_ptr", "out_ptr", "token_stride", "head_stride"),
+            )
+        )
+    both = {"x_ptr": "*bf16", "columns": "i32", "BLOCK": "constexpr"}
+    forward, backward = {"out_ptr": "*bf16"}, {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16"}
+    for name, kernel, more in (
+        ("forward", _swiglu_kernel, forward),
+        ("backward", _swiglu_backward_kernel, backward),
+    ):
+        vectorised = ("x_ptr", "columns", *more)
+        builds.append(Build(f"swiglu {name}", kernel, both | more, {"BLOCK": COLUMN_BLOCK}, vectorised))
+    return builds
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x = x.contiguous()
+        columns = x.shape[-1]
+        rows = x.numel() // columns
+        out, scale = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+        block, warps = _norm_options(columns)
+        if rows:
+            _norm_kernel[(rows,)](x, weight, out, scale, columns, epsilon, BLOCK=block, num_warps=warps)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        rows, columns = scale.shape[0], x.shape[-1]
+        if not rows:
+            return torch.empty_like(x), torch.zeros_like(weight), None
+        block, warps = _norm_options(columns)
+        grad_x = torch.empty_like(x)
+        partial = x.new_empty(min(rows, NORM_PROGRAMS), columns, dtype=torch.float32)
+        _norm_backward_kernel[(partial.shape[0],)](
+            grad.contiguous(), x, weight, scale, grad_x, partial, rows, columns, BLOCK=block, num_warps=warps
+        )
+        return grad_x, partial.sum(0).to(weight.dtype), None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    tokens, heads, size = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = x.new_empty(tokens, heads, size)
+    if out.numel():
+        _rotary_kernel[(tokens,)](
+            *(x, cos, sin, out, x.stride(0), x.stride(1), heads),
+            SIGN=sign,
+            HALF=size // 2,
+            PAIRS=triton.next_power_of_2(size // 2),
+            HEADS=triton.next_power_of_2(heads),
+            num_warps=4,
+        )
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Also torch's path, which left to autograd would keep silu(gate) beside its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        if not runs_kernels(x):
+            return torch.nn.functional.silu(gate) * up
+        out = x.new_empty(up.shape)
+        _launch_swiglu(_swiglu_kernel, up, x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        if not runs_kernels(x):
+            share = torch.sigmoid(gate)
+            return torch.cat([grad * up * share * (1 + gate * (1 - share)), grad * gate * share], -1)
+        grad_x = torch.empty_like(x)
+        _launch_swiglu(_swiglu_backward_kernel, up, grad.contiguous(), x, grad_x)
+        return grad_x
+
+
+def _launch_swiglu(kernel: Any, half: Tensor, *tensors: Tensor) -> None:
+    columns = half.shape[-1]
+    if half.numel():
+        grid = (half.numel() // columns, triton.cdiv(columns, COLUMN_BLOCK))
+        kernel[grid](*tensors, columns, BLOCK=COLUMN_BLOCK, num_warps=4)
+
+
+# ---------------------------------------------------------------- the operations
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Zhang and Sennrich 2019, arXiv 1910.07467.
+
+    x: (..., H); weight: (H,) in x's dtype. The weight's gradient is summed in float32, in the same order every time.
+    """
+    return _Norm.apply(x, weight, eps) if runs_kernels(x) else reference.rms_norm(x, weight, eps)
+
+
+def rotary_angles(position: Tensor, inverse_frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every token's angles, each (S, D / 2) float32: the same for every layer, so made once per row."""
+    angle = position.float()[:, None] * inverse_frequency.float()[None]
+    return angle.cos(), angle.sin()
+
+
+def rotary(
+    x: Tensor, position: Tensor, inverse_frequency: Tensor, *, angles: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Rotary position embedding of Llama's non-interleaved form. Su et al. 2021, arXiv 2104.09864.
+
+    x: (S, heads, D), a slice of a larger tensor as it is; position: (S,) the depth of each token in its tree;
+    inverse_frequency: (D / 2,); angles: of `rotary_angles`, if they are at hand. Returns (S, heads, D).
+    """
+    if not runs_kernels(x):
+        return reference.rotary(x, position, inverse_frequency)
+    cos, sin = rotary_angles(position, inverse_frequency) if angles is None else angles
+    return _Rotary.apply(x, cos, sin)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up. Shazeer 2020, arXiv 2002.05202.
+
+    x: (..., 2F), gate and up one behind the other. Returns (..., F).
+    """
+    return _SwiGLU.apply(x)

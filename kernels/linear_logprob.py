@@ -1,0 +1,531 @@
+"""Log-probs of chosen tokens from hidden states and the output matrix, exact, with logits a tile at a time.
+
+    L scored positions, H hidden size, V vocabulary, R rows of the output matrix on this process (V / tp),
+    P x C a tile of logits: P positions, C rows of the output matrix
+
+The products are cuBLAS's: without warp specialisation, Triton's stay well below them on Hopper. A tile of logits in
+float32 goes from the product to one elementwise kernel, which reduces it (forward) or turns it into the slope
+(backward). A tile is long on the side of which there is more, rows or positions: the gradient of the other side
+is then complete after one product, and only one of the two gradients is summed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from silva.kernels.build import Build
+from silva.kernels.dispatch import jit, runs_kernels, tl, triton
+
+LONGEST = 8192  # positions or rows of a tile: no product gets faster by more
+# A tile has 1/16 of all logits, within these bounds: 16 to 256 MiB in float32, and half of it for a bfloat16 slope.
+SMALLEST_TILE, LARGEST_TILE = 1 << 22, 1 << 26
+# Summing the weight's gradient over blocks of positions costs 8 R H bytes of traffic per block, computing logits
+# again 2 R H operations per position: at 3 TB/s and 700 TF/s the sum is cheaper from about 900 positions on.
+WORTHWHILE_BLOCK = 1024
+COLUMN_BLOCK = 1024  # columns per step of the kernels: eight per thread of four warps
+
+
+class LogProb(NamedTuple):
+    """Of every scored position; each (L,)."""
+
+    logprob: Tensor  # differentiable
+    entropy: Tensor  # of the distribution over the vocabulary, in nats
+    hit: Tensor  # bool: no token is more likely than the target
+
+
+# ---------------------------------------------------------------- kernels: one tile of logits
+
+
+@jit
+def _reduce_kernel(
+    # pointers
+    logits_ptr,
+    target_ptr,
+    highest_ptr,
+    total_ptr,
+    chosen_ptr,
+    weighted_ptr,
+    # shapes and strides
+    columns,
+    stride,
+    first_column,
+    # constants
+    scale,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Online log-sum-exp: one program folds one position's columns of the tile into its running values."""
+    i = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + i * stride
+    # every lane keeps its own running maximum: one reduction across the threads at the end, none per step
+    top = tl.full((BLOCK,), -1e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        o_column = start + tl.arange(0, BLOCK)
+        m_column = o_column < columns
+        x = tl.load(row_ptr + o_column, mask=m_column, other=-float("inf")) * scale
+        higher = tl.maximum(top, x)
+        keep = tl.exp(top - higher)
+        e = tl.exp(x - higher)
+        total = total * keep + e
+        if ENTROPY:
+            weighted = weighted * keep + tl.where(m_column, e * x, 0.0)
+        top = higher
+    before = tl.load(highest_ptr + i)
+    highest = tl.maximum(tl.max(top, 0), before)
+    lane, kept = tl.exp(top - highest), tl.exp(before - highest)
+    tl.store(highest_ptr + i, highest)
+    tl.store(total_ptr + i, tl.load(total_ptr + i) * kept + tl.sum(total * lane, 0))
+    if ENTROPY:
+        tl.store(weighted_ptr + i, tl.load(weighted_ptr + i) * kept + tl.sum(weighted * lane, 0))
+    target = tl.load(target_ptr + i) - first_column
+    if (target >= 0) & (target < columns):
+        tl.store(chosen_ptr + i, tl.load(row_ptr + target) * scale)
+
+
+@jit
+def _slope_kernel(
+    # pointers
+    logits_ptr,
+    slope_ptr,
+    target_ptr,
+    normaliser_ptr,
+    coefficient_ptr,
+    # shapes and strides
+    columns,
+    stride,
+    first_column,
+    # constants
+    scale,
+    BLOCK: tl.constexpr,
+):
+    """coefficient * d log-prob / d logit, elementwise; logits and slope may be the same memory."""
+    i = tl.program_id(0).to(tl.int64)
+    o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_column = o_column < columns
+    x = tl.load(logits_ptr + i * stride + o_column, mask=m_column, other=0.0) * scale
+    target = tl.load(target_ptr + i) - first_column
+    slope = tl.where(o_column == target, 1.0, 0.0) - tl.exp(x - tl.load(normaliser_ptr + i))
+    slope *= tl.load(coefficient_ptr + i) * scale
+    tl.store(slope_ptr + i * stride + o_column, slope.to(slope_ptr.dtype.element_ty), mask=m_column)
+
+
+def aot_builds(capability: int) -> list[Build]:
+    """The shipped compilations; they depend on neither the hidden size nor the vocabulary."""
+    shapes = {"columns": "i32", "stride": "i32", "first_column": "i32", "scale": "fp32"}
+    builds = []
+    for entropy in (False, True):
+        values = dict.fromkeys(("logits", "highest", "total", "chosen", "weighted"), "*fp32")
+        pointers = {f"{name}_ptr": kind for name, kind in (values | {"target": "*i64"}).items()}
+        builds.append(
+            Build(
+                f"linear_logprob reduce{' with entropy' if entropy else ''}",
+                _reduce_kernel,
+                pointers | shapes | {"ENTROPY": "constexpr", "BLOCK": "constexpr"},
+                {"ENTROPY": entropy, "BLOCK": COLUMN_BLOCK},
+                aligned=("logits_ptr", "columns", "stride"),
+            )
+        )
+    for slope in ("bf16", "fp16", "fp32"):
+        values = {"logits": "*fp32", "slope": f"*{slope}", "target": "*i64"}
+        values |= {"normaliser": "*fp32", "coefficient": "*fp32"}
+        builds.append(
+            Build(
+                f"linear_logprob slope {slope}",
+                _slope_kernel,
+                {f"{name}_ptr": kind for name, kind in values.items()} | shapes | {"BLOCK": "constexpr"},
+                {"BLOCK": COLUMN_BLOCK},
+                aligned=("logits_ptr", "slope_ptr", "columns", "stride"),
+            )
+        )
+    return builds
+
+
+# ---------------------------------------------------------------- one tile, by a kernel or by torch
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, accumulated and rounded in `out`'s type."""
+    if a.dtype != out.dtype and not a.is_cuda:  # only cuBLAS multiplies narrow types into a wide one
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    options: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
+
+
+class _Running(NamedTuple):
+    """What is known of every position after some columns; each (L,), float32 at least."""
+
+    highest: Tensor  # the largest logit
+    total: Tensor  # the sum of exponentials relative to it
+    chosen: Tensor  # the target's logit, 0 as long as it was not met
+    weighted: Tensor  # the sum of exponential times logit; (0,) where no entropy is asked for
+
+    def of(self, part: slice) -> _Running:
+        return _Running(*(value[part] for value in self))
+
+
+def _reduce(tile: Tensor, running: _Running, target: Tensor, first: int, scale: float) -> None:
+    """Fold a tile of logits (P, C), of the columns from `first`, into the running values of its positions."""
+    entropy = running.weighted.numel() > 0
+    if runs_kernels(tile):
+        shapes = (tile.shape[1], tile.stride(0), first, scale)
+        _reduce_kernel[(tile.shape[0],)](
+            tile, target, *running, *shapes, ENTROPY=entropy, BLOCK=COLUMN_BLOCK, num_warps=4
+        )
+        return
+    if not tile.shape[1]:
+        return
+    logits = tile if scale == 1.0 else tile * scale
+    column, inside = _column(tile, target, first)
+    own = logits.gather(1, column).squeeze(1)
+    running.chosen.copy_(torch.where(inside, own, running.chosen))
+    highest = torch.maximum(running.highest, logits.amax(-1))
+    kept = (running.highest - highest).exp()
+    e = (logits - highest[:, None]).exp_()
+    running.highest.copy_(highest)
+    running.total.mul_(kept).add_(e.sum(-1))
+    if entropy:
+        running.weighted.mul_(kept).add_(e.mul_(logits).sum(-1))
+
+
+def _slope(
+    tile: Tensor,
+    out: Tensor,
+    target: Tensor,
+    normaliser: Tensor,
+    coefficient: Tensor,
+    first: int,
+    scale: float,
+) -> None:
+    """out (P, C) = coefficient * d log-prob / d (hidden . row); `tile`, the logits, is overwritten."""
+    if runs_kernels(tile):
+        grid = (tile.shape[0], triton.cdiv(tile.shape[1], COLUMN_BLOCK))
+        shapes = (tile.shape[1], tile.stride(0), first, scale)
+        _slope_kernel[grid](
+            tile, out, target, normaliser, coefficient, *shapes, BLOCK=COLUMN_BLOCK, num_warps=4
+        )
+        return
+    if not tile.shape[1]:
+        return
+    column, inside = _column(tile, target, first)
+    tile.mul_(scale).sub_(normaliser[:, None]).exp_().neg_()
+    tile.scatter_add_(1, column, inside[:, None].to(tile.dtype))
+    out.copy_(tile.mul_((coefficient * scale)[:, None]))
+
+
+def _column(tile: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """(P, 1) the target's column of the tile, clamped into it, and (P,) whether it is one of the tile's."""
+    column = target - first
+    return column.clamp(0, tile.shape[1] - 1)[:, None], (column >= 0) & (column < tile.shape[1])
+
+
+# ---------------------------------------------------------------- all tiles
+
+
+class _Problem(NamedTuple):
+    """What both passes need; of the output matrix the rows that are real tokens."""
+
+    hidden: Tensor  # (L, H)
+    weight: Tensor  # (R, H)
+    padding: int  # rows behind them, which get the gradient 0
+    target: Tensor  # (L,) int64 relative to the first row; another process's targets lie outside
+    scale: float
+    group: ProcessGroup | None
+
+
+class _Tiles:
+    """How a problem is cut into tiles, and memory for one tile of logits and one of its slope."""
+
+    def __init__(self, problem: _Problem, *, slope: bool, positions: int | None = None) -> None:
+        """positions: a block of that many positions and of all rows instead of the usual tile."""
+        self.problem = problem
+        hidden, rows = problem.hidden, problem.weight.shape[0]
+        scored = hidden.shape[0]
+        size = min(max(scored * rows // 16, SMALLEST_TILE), LARGEST_TILE)
+        # long on the side that has more: the gradient of the other side then needs no sum over products
+        if positions is not None:
+            height, width = min(scored, positions), rows
+        elif rows < scored:
+            width = max(1, min(rows, LONGEST))
+            height = min(scored, size // width)
+        else:
+            height = max(1, min(scored, LONGEST))
+            width = min(rows, size // height)
+        height, width = max(1, height), max(1, width)
+        width = -(-width // 64) * 64  # keeps every row of a tile aligned, whatever the vocabulary
+        self.parts = [slice(p, min(p + height, scored)) for p in range(0, scored, height)]
+        self.blocks = [slice(r, min(r + width, rows)) for r in range(0, rows, width)]
+        self.width = width
+        self._logits = hidden.new_empty((height, width), dtype=_wide(hidden.dtype))
+        own = slope and hidden.dtype != self._logits.dtype
+        self._slope = hidden.new_empty((height, width)) if own else self._logits
+
+    def logits(self, part: slice, block: slice) -> Tensor:
+        """(P, C) float32 at least, before the temperature."""
+        tile = self._logits[: part.stop - part.start, : block.stop - block.start]
+        _product(self.problem.hidden[part], self.problem.weight[block].T, tile)
+        return tile
+
+    def slope(
+        self, tile: Tensor, part: slice, block: slice, normaliser: Tensor, coefficient: Tensor
+    ) -> Tensor:
+        """(P, C) in the type of the hidden states, from the tile's logits."""
+        out = self._slope[: tile.shape[0], : tile.shape[1]]
+        target, scale = self.problem.target[part], self.problem.scale
+        _slope(tile, out, target, normaliser[part], coefficient[part], block.start, scale)
+        return out
+
+
+def _start(problem: _Problem, entropy: bool) -> _Running:
+    zeros = problem.hidden.new_zeros((3, problem.hidden.shape[0]), dtype=_wide(problem.hidden.dtype))
+    return _Running(
+        torch.full_like(zeros[0], -torch.inf), zeros[0], zeros[1], zeros[2] if entropy else zeros[2, :0]
+    )
+
+
+def _combine(running: _Running, group: ProcessGroup | None) -> _Running:
+    """The running values over the rows of all processes."""
+    if group is None or group.size() == 1 or not running.highest.numel():
+        return running
+    top = running.highest.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    kept = (running.highest - top).exp()
+    entropy = running.weighted.numel() > 0
+    parts = [running.total * kept, running.chosen, *([running.weighted * kept] if entropy else [])]
+    sums = torch.stack(parts)
+    dist.all_reduce(sums, group=group)
+    return _Running(top, sums[0], sums[1], sums[2] if entropy else running.weighted)
+
+
+def _forward(problem: _Problem, entropy: bool) -> _Running:
+    running = _start(problem, entropy)
+    tiles = _Tiles(problem, slope=False)
+    for block in tiles.blocks:
+        for part in tiles.parts:
+            logits = tiles.logits(part, block)
+            _reduce(logits, running.of(part), problem.target[part], block.start, problem.scale)
+    return _combine(running, problem.group)
+
+
+def _gradients(problem: _Problem, normaliser: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of sum(coefficient * log-prob) in hidden and weight; the logits are computed again."""
+    hidden, weight = problem.hidden, problem.weight
+    tiles = _Tiles(problem, slope=True)
+    if not (tiles.blocks and tiles.parts):
+        return torch.zeros_like(hidden), _weight_gradient(problem).zero_()
+    # a sum of several products is kept in float32; a single product is rounded once, by the product itself
+    one_block, one_part = len(tiles.blocks) == 1, len(tiles.parts) == 1
+    grad_hidden = torch.empty_like(hidden, dtype=hidden.dtype if one_block else normaliser.dtype)
+    grad_weight = _weight_gradient(problem)
+    partial = None if one_part else torch.empty_like(weight[: tiles.width], dtype=normaliser.dtype)
+    for block in tiles.blocks:
+        into = grad_weight[block] if partial is None else partial[: block.stop - block.start]
+        for part in tiles.parts:
+            slope = tiles.slope(tiles.logits(part, block), part, block, normaliser, coefficient)
+            _product(slope, weight[block], grad_hidden[part], add=block.start > 0)
+            _product(slope.T, hidden[part], into, add=part.start > 0)
+        if partial is not None:
+            grad_weight[block] = into
+    return grad_hidden.to(hidden.dtype), grad_weight
+
+
+def _weight_gradient(problem: _Problem, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for the gradient of this process's rows, 0 in those of padding."""
+    rows, size = problem.weight.shape
+    gradient = problem.weight.new_empty((rows + problem.padding, size), dtype=dtype)
+    gradient[rows:] = 0
+    return gradient
+
+
+def _forward_with_gradients(
+    problem: _Problem, coefficient: Tensor, positions: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-probs and both gradients of sum(coefficient * log-prob), every logit computed once."""
+    hidden, weight = problem.hidden, problem.weight
+    tiles = _Tiles(problem, slope=True, positions=positions)
+    running = _start(problem, entropy=False)
+    logprob, normaliser = torch.empty_like(running.total), torch.empty_like(running.total)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = _weight_gradient(problem, dtype=logprob.dtype)
+    if not tiles.parts:
+        grad_weight.zero_()
+    block = slice(0, weight.shape[0])
+    for part in tiles.parts:
+        logits = tiles.logits(part, block)
+        _reduce(logits, running.of(part), problem.target[part], 0, problem.scale)
+        highest, total, chosen, _ = _combine(running.of(part), problem.group)
+        normaliser[part] = highest + total.log()
+        logprob[part] = chosen - normaliser[part]
+        slope = tiles.slope(logits, part, block, normaliser, coefficient)
+        _product(slope, weight, grad_hidden[part])
+        _product(slope.T, hidden[part], grad_weight[block], add=part.start > 0)
+    return logprob, grad_hidden, grad_weight.to(weight.dtype)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class _Options(NamedTuple):
+    """Where this process's rows lie, and the temperature: what is no tensor."""
+
+    group: ProcessGroup | None
+    first_row: int
+    real_rows: int | None
+    temperature: float
+
+    def problem(self, hidden: Tensor, weight: Tensor, target: Tensor) -> _Problem:
+        local = (target.long() - self.first_row).contiguous()
+        real = weight[: self.real_rows]
+        padding = weight.shape[0] - real.shape[0]
+        return _Problem(hidden.contiguous(), real, padding, local, 1.0 / self.temperature, self.group)
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, options: _Options, statistics: bool
+    ) -> tuple[Tensor, ...]:
+        highest, total, chosen, weighted = _forward(options.problem(hidden, weight, target), statistics)
+        normaliser = highest + total.log()
+        ctx.save_for_backward(hidden, weight, target, normaliser)
+        ctx.options = options
+        if not statistics:
+            return (chosen - normaliser,)
+        entropy, hit = normaliser - weighted / total, chosen >= highest
+        ctx.mark_non_differentiable(entropy, hit)
+        return chosen - normaliser, entropy, hit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, normaliser = ctx.saved_tensors
+        problem = ctx.options.problem(hidden, weight, target)
+        grad_hidden, grad_weight = _gradients(problem, normaliser, grad.contiguous())
+        return grad_hidden, grad_weight, None, None, None
+
+
+class _LinearLogProbSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        problem = options.problem(hidden, weight, target)
+        coefficient = coefficient.to(_wide(hidden.dtype)).contiguous()
+        # of the rows with their padding, equal on all processes: so are then the blocks, and the collectives
+        positions = LARGEST_TILE // max(1, weight.shape[0])
+        if positions >= min(hidden.shape[0], WORTHWHILE_BLOCK):
+            logprob, grad_hidden, grad_weight = _forward_with_gradients(problem, coefficient, positions)
+        else:
+            highest, total, chosen, _ = _forward(problem, entropy=False)
+            normaliser = highest + total.log()
+            logprob = chosen - normaliser
+            grad_hidden, grad_weight = _gradients(problem, normaliser, coefficient)
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.mark_non_differentiable(logprob)
+        return (coefficient * logprob).sum(), logprob
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_logprob_sum: its gradients were used up by an earlier backward pass")
+        # in place: a second copy of the weight's gradient may be what no longer fits
+        grad_hidden, grad_weight = (gradient.mul_(grad) for gradient in ctx.gradients)
+        ctx.gradients = None
+        return grad_hidden, grad_weight, None, None, None
+
+
+# ---------------------------------------------------------------- the operation
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    first_row: int = 0,
+    real_rows: int | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature)[target], differentiable in hidden and weight.
+
+    Accumulated in float32 at least, whatever the type of the inputs. The backward pass computes the logits again.
+    Memory beside inputs and results: a tile of logits (at most 256 MiB in float32, and half of it for the slope of
+    16-bit types), (L, H) in float32 in the backward pass where the tile has not all rows, and C rows of the weight
+    in float32 where L > `LONGEST`.
+
+    Args:
+        hidden: (L, H) float32, bfloat16, float16 or float64; equal on all processes of `group`.
+        weight: (R, H), this process's rows of the output matrix.
+        target: (L,) int, in the numbering of the whole vocabulary.
+        group: the processes among which the rows are split; the gradient of `hidden` is then this process's
+            share, and the caller sums it over the group.
+        first_row: number of this process's first row.
+        real_rows: this process's rows that are tokens; those behind are padding, take no part in the softmax and
+            get the gradient 0. None: all.
+        temperature: divides the logits.
+
+    Returns:
+        (L,) float32 (float64 for float64), equal on all processes of `group`.
+    """
+    options = _Options(group, first_row, real_rows, temperature)
+    return _LinearLogProb.apply(hidden, weight, target, options, False)[0]
+
+
+def linear_logprob_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    first_row: int = 0,
+    real_rows: int | None = None,
+    temperature: float = 1.0,
+) -> LogProb:
+    """`linear_logprob` with the entropy and the top-1 hit of every position, at no extra pass over the logits.
+
+    Arguments as there. The two carry no gradient.
+    """
+    options = _Options(group, first_row, real_rows, temperature)
+    return LogProb(*_LinearLogProb.apply(hidden, weight, target, options, True))
+
+
+def linear_logprob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    first_row: int = 0,
+    real_rows: int | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """sum(coefficient * log-prob), where the coefficients are known beforehand: no logit is computed twice.
+
+    Both gradients are made in the forward pass, so what is asked for is the sum and not the log-probs: those
+    could be given a gradient that is not the coefficients'. Fewer than `WORTHWHILE_BLOCK` positions in a tile of
+    all rows (R above 65,536), and the logits are computed again after all. Memory as in `linear_logprob`, and
+    the weight's gradient in float32.
+
+    Args:
+        coefficient: (L,) float, without a gradient of its own; for the mean cross-entropy -1 / L.
+        others: as in `linear_logprob`.
+
+    Returns:
+        the sum, a scalar, differentiable in hidden and weight; and the log-probs (L,), detached.
+    """
+    options = _Options(group, first_row, real_rows, temperature)
+    return _LinearLogProbSum.apply(hidden, weight, target, coefficient, options)

@@ -1,0 +1,122 @@
+"""The objectives in Triton: the loss of a comparison and its slopes, written out.
+
+Their torch definitions, with equations and sources, are `silva.engine.objectives`; the tests hold every formula and
+every slope here to them in float64. A constexpr chooses the objective, so a compiled kernel has one of them.
+"""
+
+from __future__ import annotations
+
+from silva.kernels.dispatch import jit, tl
+
+
+@jit
+def _log1p(y):
+    """log(1 + y) for |y| <= 1: what rounding 1 + y lost is added to first order."""
+    u = 1.0 + y
+    return tl.log(u) - ((u - 1.0) - y) / u
+
+
+@jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - _log1p(tl.exp(-tl.abs(x)))
+
+
+@jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@jit
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0; above -log 2 by its series, of which what is left out is under 1e-9 of the sum."""
+    y = 1.0
+    for k in tl.static_range(10):
+        y = 1.0 + x * y / (11 - k)
+    return tl.where(x < -0.6931472, 1.0 - tl.exp(x), -x * y)
+
+
+@jit
+def preference_terms(
+    chosen,
+    rejected,
+    chosen_length,
+    rejected_length,
+    absolute,
+    baseline,
+    beta,
+    first,
+    second,
+    OBJECTIVE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+):
+    """Loss, its slopes in the two inputs, and the two rewards.
+
+    chosen, rejected: sums of log pi, minus log pi_ref where the objective has a reference; or rewards.
+    """
+    if OBJECTIVE == "dpo" or OBJECTIVE == "cdpo" or OBJECTIVE == "hinge":
+        c, r = beta * chosen, beta * rejected
+        margin = c - r
+        if OBJECTIVE == "dpo":
+            loss = -_log_sigmoid(margin)
+            slope = -beta * _sigmoid(-margin)
+        elif OBJECTIVE == "cdpo":
+            loss = -(1 - first) * _log_sigmoid(margin) - first * _log_sigmoid(-margin)
+            slope = beta * (first * _sigmoid(margin) - (1 - first) * _sigmoid(-margin))
+        else:
+            loss = tl.maximum(1.0 - margin, 0.0)
+            slope = tl.where(margin < 1.0, -beta, 0.0)
+        slope_c, slope_r = slope, -slope
+    elif OBJECTIVE == "ipo":
+        c, r = beta * chosen, beta * rejected
+        if AVERAGE:
+            distance = chosen / chosen_length - rejected / rejected_length - 1 / (2 * beta)
+            slope_c, slope_r = 2 * distance / chosen_length, -2 * distance / rejected_length
+        else:
+            distance = chosen - rejected - 1 / (2 * beta)
+            slope_c, slope_r = 2 * distance, -2 * distance
+        loss = distance * distance
+    elif OBJECTIVE == "nca":
+        c, r = beta * chosen, beta * rejected
+        loss = -_log_sigmoid(c) - 0.5 * _log_sigmoid(-c) - 0.5 * _log_sigmoid(-r)
+        slope_c = beta * (0.5 * _sigmoid(c) - _sigmoid(-c))
+        slope_r = 0.5 * beta * _sigmoid(r)
+    elif OBJECTIVE == "kto":
+        c, r = beta * chosen, beta * rejected
+        up, down = first * _sigmoid(baseline - c), second * _sigmoid(r - baseline)
+        loss = up + down
+        slope_c, slope_r = -beta * up * _sigmoid(c - baseline), beta * down * _sigmoid(baseline - r)
+    elif OBJECTIVE == "simpo":
+        c, r = beta * (chosen / chosen_length), beta * (rejected / rejected_length)
+        margin = c - r - first
+        loss = -_log_sigmoid(margin)
+        slope = -beta * _sigmoid(-margin)
+        slope_c, slope_r = slope / chosen_length, -slope / rejected_length
+    elif OBJECTIVE == "orpo":
+        mean_c, mean_r = chosen / chosen_length, rejected / rejected_length
+        c, r = beta * mean_c, beta * mean_r
+        # a probability that rounds to 1 is held one rounding step below it
+        low_c, low_r = tl.minimum(mean_c, -1.1920929e-7), tl.minimum(mean_r, -1.1920929e-7)
+        rest_c, rest_r = _one_minus_exp(low_c), _one_minus_exp(low_r)
+        e_c, e_r = tl.exp(low_c), tl.exp(low_r)
+        log_c = tl.where(low_c < -0.6931472, _log1p(-e_c), tl.log(rest_c))
+        log_r = tl.where(low_r < -0.6931472, _log1p(-e_r), tl.log(rest_r))
+        ratio = (mean_c - mean_r) - (log_c - log_r)
+        loss = -mean_c - beta * _log_sigmoid(ratio)
+        slope = -beta * _sigmoid(-ratio)
+        odds_c = tl.where(mean_c <= -1.1920929e-7, e_c / rest_c, 0.0)
+        odds_r = tl.where(mean_r <= -1.1920929e-7, e_r / rest_r, 0.0)
+        slope_c = (slope * (1.0 + odds_c) - 1.0) / chosen_length
+        slope_r = -slope * (1.0 + odds_r) / rejected_length
+    else:  # bt, bt_margin, bt_dr
+        c, r = chosen, rejected
+        margin = c - r
+        if OBJECTIVE == "bt_margin":
+            margin -= first
+        loss = -_log_sigmoid(margin)
+        slope_c, slope_r = -_sigmoid(-margin), _sigmoid(-margin)
+        if OBJECTIVE == "bt_dr":
+            loss += tl.where(absolute, -_log_sigmoid(c) - _log_sigmoid(-r), 0.0)
+            slope_c -= tl.where(absolute, _sigmoid(-c), 0.0)
+            slope_r += tl.where(absolute, _sigmoid(r), 0.0)
+    return loss, slope_c, slope_r, c, r
