@@ -29,6 +29,7 @@ LAYOUTS = {
     "dp2 plain optimizer": (2, {"distributed_optimizer": False}),
     "dp2 overlapped": (2, {"overlap": True}),
     "pp2 interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pp2 interleaved x dp2 overlapped": (4, {"pipeline": 2, "virtual_pipeline": 2, "overlap": True}),
     "tp2 x pp2 recomputed": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
 }
 
@@ -74,6 +75,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
         ("tp2 sequence parallel", "bt_dr"),
         ("dp2 plain optimizer", "kto"),
         ("dp2 overlapped", "nca"),
+        ("pp2 interleaved x dp2 overlapped", "nca"),
         ("pp2 interleaved", "kto"),
         ("pp2 interleaved", "bt_dr"),
         ("tp2 x pp2 recomputed", "kto"),
