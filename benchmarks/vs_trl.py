@@ -66,7 +66,7 @@ class Result:
     trl: list[float]
     micro_batch: int
     loss_difference: float
-    pair_tokens: int  # two sequences a comparison
+    pair_tokens: int  # of the timed steps: two sequences a comparison
     unique_tokens: int
 
 
@@ -101,7 +101,7 @@ class Silva:
                 f"{case.source.path}: {self.trainer.data.comparisons} comparisons are too few for "
                 f"{options.steps + 1} steps of {options.batch}; lower --steps or --batch"
             )
-        self.unique = self.pair_tokens = 0
+        self.unique = 0
 
     def comparisons(self, count: int) -> Iterator[dict[str, list[int]]]:
         """The first `count` comparisons in the order of the data, with the scored positions as a mask."""
@@ -128,7 +128,7 @@ class Silva:
         for step, batch in self.trainer.plan.prefetch(0, steps):
             losses.append(self.trainer.train_step(step, batch)["loss"])
             ends.append(time.perf_counter())
-            self.unique += batch.unique
+            self.unique += batch.unique if step else 0  # of the timed steps
         return losses, common.between(ends)
 
 
@@ -161,7 +161,8 @@ def measure(case: Case, objective: str, work: Path, options: argparse.Namespace)
                 raise SystemExit(f"{case.name}, {objective}: losses differ: silva {ours}, trl {theirs}")
         for name, values in (("silva", our_seconds), ("trl", their_seconds)):
             seconds[name].append(sum(values) / len(values) / options.batch)
-    tokens = sum(len(row) for name in ("chosen_ids", "rejected_ids") for row in pairs[name])
+    timed = pairs.select(range(options.batch, len(pairs)))
+    tokens = sum(len(row) for name in ("chosen_ids", "rejected_ids") for row in timed[name])
     return Result(parameters, seconds["silva"], seconds["trl"], micro_batch, apart, tokens, silva.unique)
 
 
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--limit", type=int, help="rows read of each DATA")
     parser.add_argument("--batch", type=int, default=8, help="comparisons per step")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps per repetition")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per repetition")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--micro-batches", type=int, nargs="*", default=[1, 4], help="TRL's; the best is taken"

@@ -156,7 +156,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out = a @ b, or out += a @ b, accumulated and rounded in `out`'s type."""
-    if a.dtype != out.dtype and a.device.type == "cpu":  # only cuBLAS multiplies narrow types into a wide one
+    if a.dtype != out.dtype and not a.is_cuda:  # only cuBLAS multiplies narrow types into a wide one
         a, b = a.to(out.dtype), b.to(out.dtype)
     options: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if add:
