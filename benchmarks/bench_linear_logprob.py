@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, kernel_common
+from benchmarks.installed import absent
 from benchmarks.kernel_common import MEBIBYTE
 from silva.kernels import linear_logprob as ours
 from silva.kernels import reference
@@ -104,6 +104,32 @@ class Problem:
         return self.backward(linear_cross_entropy(self.hidden, self.weight, self.target))
 
 
+# module that has to be there, and what is run
+PEERS: dict[str, tuple[str, Callable[[Problem], list[Tensor]]]] = {
+    "torch.compile, chunks": ("torch", Problem.compiled),
+    "Liger": ("liger_kernel", Problem.liger),
+    "CCE": ("cut_cross_entropy", Problem.cce),
+}
+
+
+def missing(peer: str, device: torch.device) -> str | None:
+    """Why a peer cannot be measured, or None."""
+    return "runs on GPUs only" if device.type != "cuda" else absent(PEERS[peer][0])
+
+
+def agreement(problem: Problem, peer: str) -> float:
+    """Largest relative difference, in the norm, of a peer's gradients from ours, which `check` has judged.
+
+    Raises:
+        SystemExit: it is more than rounding: some 2^-8 in bfloat16, twice or thrice.
+    """
+    pairs = zip(PEERS[peer][1](problem)[1:], problem.both()[1:], strict=True)
+    apart = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+    if not apart < 2e-2:
+        raise SystemExit(f"{peer}: another result than Silva's: {apart:.2g} apart")
+    return apart
+
+
 @functools.cache
 def _compiled_chunk() -> Callable[..., Tensor]:
     def chunk(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -137,14 +163,19 @@ def check(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device)
     return max(errors)
 
 
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
 def time_shape(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    peers: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
+    """Times and peak bytes; `peers`: of `PEERS`, default all that are installed, each behind its check."""
     problem = Problem(shape, dtype, device)
+    if peers is None:
+        peers = [name for name in PEERS if not missing(name, device)]
+        for name in peers:
+            agreement(problem, name)
     runs: dict[str, tuple[Run, int]] = {
         "product, forward": (problem.one_product, 1),
         "ours, forward": (problem.forward, 1),
@@ -153,12 +184,7 @@ def time_shape(
         "ours, known coefficients": (problem.known, 3),
         "plain logits": (problem.logits, 3),
     }
-    if device.type == "cuda":
-        runs["torch.compile, chunks"] = (problem.compiled, 3)
-        if installed("liger_kernel"):
-            runs["Liger"] = (problem.liger, 3)
-        if installed("cut_cross_entropy"):
-            runs["CCE"] = (problem.cce, 3)
+    runs |= {name: (functools.partial(PEERS[name][1], problem), 3) for name in peers}
     peaks = {name: kernel_common.peak_bytes(run) for name, (run, _) in runs.items()}
     times = kernel_common.milliseconds({name: run for name, (run, _) in runs.items()}, repeats)
     operations = 2 * shape[0] * shape[1] * shape[2]

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
 import json
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.attention_peers import PEERS, Peer, Row, missing, ours
 from silva.kernels import tree_attention as kernels
 from silva.kernels import tree_attention_tiles, tree_blocks
 from silva.kernels.reference import tree_attention as definition
@@ -33,19 +33,6 @@ from silva.kernels.tree_attention_tiles import CANDIDATES, Problem, Tiles
 from silva.kernels.tree_blocks import FULL, SKIPPED
 
 Runs = list[tuple[int, int]]  # (length, depth of the token it hangs under); depth 0 begins a tree
-
-
-class Row(NamedTuple):
-    """A packed row."""
-
-    name: str
-    end: Tensor  # (S,) int32
-    position: Tensor  # (S,) int32
-
-    @property
-    def area(self) -> int:
-        """Visible (query, key) pairs."""
-        return int((self.position.long() + 1).sum())
 
 
 # ---------------------------------------------------------------- rows
@@ -179,8 +166,6 @@ def needed_tiles(end: Tensor, shape: tree_blocks.TileShape) -> int:
 
 # ---------------------------------------------------------------- speed
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 def check(options: argparse.Namespace, size: int) -> float:
     """Largest error of output and gradients over that of torch in the same dtype, both against float64."""
@@ -212,70 +197,44 @@ def tensors(options: argparse.Namespace, size: int) -> list[Tensor]:
     return [torch.randn(size, count, options.size, **make) for count in heads]
 
 
-def ours(packed: Row, q: Tensor, k: Tensor) -> Attend:
-    end = packed.end.to(q.device)
-    blocks = kernels.attention_blocks(end, group=q.shape[1] // k.shape[1], size=q.shape[2], dtype=q.dtype)
-    return lambda q, k, v: kernels.tree_attention(q, k, v, end, blocks=blocks)
+class Truth:
+    """Silva's output and gradients of one row, which `check` has judged on a small one: what peers must agree with."""
 
+    # two results in bfloat16, each some 5e-3 from float64 in this norm
+    CLOSE = 2e-2
 
-def flex(packed: Row, q: Tensor, k: Tensor) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def __init__(self, packed: Row, leaves: list[Tensor], grad: Tensor) -> None:
+        self.leaves, self.grad = leaves, grad
+        out = ours(packed, *leaves[:2]).attend(*leaves)
+        self.results = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
-    end = packed.end.to(q.device)
-    size = len(end)
+    def compare(self, peer: Peer, *, backward: bool) -> float:
+        """Largest relative difference in the norm.
 
-    def sees(batch, head, i, j):
-        return (j <= i) & (i < end[j])
-
-    mask = create_block_mask(sees, None, None, size, size, device=str(q.device))
-    attend = torch.compile(flex_attention) if q.is_cuda else flex_attention
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        return attend(*heads, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-
-    return call
-
-
-def sdpa(packed: Row, q: Tensor, k: Tensor) -> Attend | None:
-    if packed.name != "causal":
-        return None
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1)
-
-    return call
-
-
-def varlen(packed: Row, q: Tensor, k: Tensor) -> Attend | None:
-    """FlashAttention on the unrolled sequences: every leaf's path, computed alone."""
-    if not q.is_cuda or importlib.util.find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_varlen_func
-
-    token = torch.arange(len(packed.end))
-    leaves = packed.position[packed.end == token + 1] + 1
-    starts = torch.nn.functional.pad(leaves.cumsum(0), (1, 0)).int().to(q.device)
-    # which tokens does not matter for time: the paths' lengths do
-    index = torch.arange(int(leaves.sum()), device=q.device) % len(token)
-    longest = int(leaves.max())
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_varlen_func(
-            q[index], k[index], v[index], starts, starts, longest, longest, causal=True
-        )[: len(token)]
-
-    return call
-
-
-PEERS: dict[str, Callable[[Row, Tensor, Tensor], Attend | None]] = {
-    "silva": ours,
-    "flex": flex,
-    "sdpa": sdpa,
-    "flash varlen": varlen,
-}
+        Raises:
+            SystemExit: it is more than rounding.
+        """
+        found, grad = [x.detach() for x in self.leaves], self.grad
+        if peer.index is not None:
+            # of a token that stands in several sequences, the first one gets the gradient
+            order = torch.sort(peer.index, stable=True)
+            first = torch.ones_like(peer.index, dtype=torch.bool)
+            first[order.indices[1:]] = order.values[1:] != order.values[:-1]
+            grad = grad[peer.index] * first[:, None, None]
+            found = [x[peer.index] for x in found]
+        found = [x.requires_grad_(backward) for x in found]
+        out = peer.attend(*found)
+        results = [out.detach(), *(torch.autograd.grad(out, found, grad) if backward else ())]
+        expected = [x.double() for x in self.results[: len(results)]]
+        results = [x.double() for x in results]
+        if peer.index is not None:
+            expected[0] = expected[0][peer.index]
+            results[1:] = [torch.zeros_like(e).index_add(0, peer.index, x)
+                           for e, x in zip(expected[1:], results[1:], strict=True)]  # fmt: skip
+        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(results, expected, strict=True))
+        if not worst < self.CLOSE:
+            raise SystemExit(f"another result than Silva's: {worst:.2g} apart")
+        return worst
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -289,17 +248,18 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def measure(
-    options: argparse.Namespace, packed: Row, name: str, attend: Attend, leaves: list[Tensor], grad: Tensor
+    options: argparse.Namespace, packed: Row, name: str, peer: Peer, leaves: list[Tensor], grad: Tensor
 ) -> dict[str, Any]:
+    """Times of one peer on one row, forward and backward."""
     flops = 4 * options.size * options.heads * packed.area
-    cpu_flex = name == "flex" and not grad.is_cuda  # it has no backward there, and says so in the forward
-    if cpu_flex:
-        leaves = [x.detach() for x in leaves]
+    backward = not (name == "flex" and not grad.is_cuda)  # it has none there, and says so in the forward
+    index = slice(None) if peer.index is None else peer.index
+    leaves, grad = [x.detach()[index].requires_grad_(backward) for x in leaves], grad[index]
     found = {"row": packed.name, "tokens": len(packed.end), "who": name}
-    found["forward_ms"] = milliseconds(lambda: attend(*leaves))
+    found["forward_ms"] = milliseconds(lambda: peer.attend(*leaves))
     found["forward_tflops"] = flops / found["forward_ms"] / 1e9
-    if not cpu_flex:
-        out = attend(*leaves)
+    if backward:
+        out = peer.attend(*leaves)
         found["backward_ms"] = milliseconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
         found["backward_tflops"] = 2.5 * flops / found["backward_ms"] / 1e9
     if name == "silva":
@@ -307,11 +267,26 @@ def measure(
         found["lists_ms"] = milliseconds(
             lambda: kernels.attention_blocks(end, group=group, size=options.size, dtype=grad.dtype)
         )
-    print(
-        " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{v!s:>12}" for n, v in found.items()),
-        flush=True,
-    )
     return found
+
+
+def show(found: dict[str, Any]) -> None:
+    words = (f"{n}={v:.4g}" if isinstance(v, float) else f"{v!s:>15}" for n, v in found.items())
+    print(" ".join(words), flush=True)
+
+
+def compared(
+    options: argparse.Namespace, packed: Row, name: str, truth: Truth, leaves: list[Tensor], grad: Tensor
+) -> dict[str, Any]:
+    """Times of one peer, behind its check.
+
+    Raises:
+        SystemExit: its result is another.
+    """
+    peer = PEERS[name].make(packed, leaves[0], leaves[1])
+    backward = grad.is_cuda or name != "flex"
+    apart = {} if name == "silva" else {"apart": truth.compare(peer, backward=backward)}
+    return measure(options, packed, name, peer, leaves, grad) | apart
 
 
 def speed(options: argparse.Namespace, mint: list[Runs]) -> list[dict[str, Any]]:
@@ -320,10 +295,11 @@ def speed(options: argparse.Namespace, mint: list[Runs]) -> list[dict[str, Any]]
         *leaves, grad = tensors(options, size)
         leaves = [x.requires_grad_() for x in leaves]
         for packed in rows(size, mint):
-            for name, make in PEERS.items():
-                attend = make(packed, leaves[0], leaves[1])
-                if attend is not None:
-                    results.append(measure(options, packed, name, attend, leaves, grad))
+            truth = Truth(packed, leaves, grad)
+            for name, kind in PEERS.items():
+                if packed.name in kind.rows and not missing(name, options.device):
+                    results.append(compared(options, packed, name, truth, leaves, grad))
+                    show(results[-1])
     return results
 
 
@@ -345,6 +321,7 @@ def tune(options: argparse.Namespace) -> None:
             try:
                 attend = ours(packed, *leaves[:2])
                 found = measure(options, packed, "tuning", attend, leaves, grad)
+                show(found)
             except OutOfResources:
                 continue
             timed.append((found["forward_ms" if field == "forward" else "backward_ms"], tile))
@@ -353,7 +330,8 @@ def tune(options: argparse.Namespace) -> None:
     tree_attention_tiles.save_tuned()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def settings(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with what it leaves open."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -373,6 +351,11 @@ def main(arguments: list[str] | None = None) -> None:
     options.sizes = options.sizes or (
         [96] if options.smoke else [4096] if options.plan else [4096, 8192, 16384, 32768]
     )
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = settings(arguments)
     mint = mint_trees(*options.data) if options.data else []
     if options.plan:
         figures: dict[str, Any] = plan(options, mint)
@@ -383,6 +366,9 @@ def main(arguments: list[str] | None = None) -> None:
         figures = {"error_over_torch": round(check(options, 96 if options.smoke else 2048), 3)}
         if options.tune:
             tune(options)
+        for peer in PEERS:
+            if why := missing(peer, options.device):
+                print(f"missing: {peer}: {why}")
         results = speed(options, mint)
         for found in results:
             if found["who"] == "silva":

@@ -1,0 +1,201 @@
+"""What the part "step" of `gpu.py` computes: UltraInteract-shaped comparisons and answers, as rows and as pairs.
+
+Operations counted are those that a layout's own tokens need: 6 per weight and token, 12 x head size per head and
+visible pair, 6 per weight of the output matrix and scored position; no padding, nothing computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from silva.engine.parallel import groups  # noqa: F401  prepares megatron-core before anything imports it
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import common, shapes
+from benchmarks.tree_step import tree_rows, unrolled_rows
+from silva.engine.data.chat import TokenSequence
+from silva.engine.data.dataset import DataSet
+from silva.engine.data.group import TokenGroup
+from silva.engine.data.loader import BatchPlan, GlobalBatch
+from silva.engine.data.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.tree import merge
+from silva.engine.model import gpt
+from silva.engine.model.hf_layout import ModelShape
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.planning.shapes import NAMED
+
+# standard deviation of a random model's logits: what weights drawn with 0.02 give at a hidden size of 4,096
+SPREAD = 1.28
+
+
+class Size(NamedTuple):
+    shape: ModelShape
+    row_length: int
+    trees: int  # of NCA: UltraInteract's interactive lines
+    answers: int  # trees of SFT: all of its lines
+    scale: float  # of all lengths
+    repeats: int
+
+
+# Mistral-7B from its second version on, which has no window. With 8 of 32 layers there are 2.0e9 parameters: 34 GiB
+# with float32 gradients, main weights and moments, and some 10 GiB of activations of a row.
+FULL = Size(replace(NAMED["mistral-7b"], layers=8, window=None, rope_theta=1e6), 8192, 16, 24, 1.0, repeats=3)
+SMOKE = Size(
+    ModelShape(
+        layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=512, rope_theta=1e6,
+        norm_eps=1e-5, tied=False, window=None, architecture="mistral", max_position=32768,
+    ),
+    512, 3, 2, 0.05, repeats=1,
+)  # fmt: skip
+
+
+class Counts(NamedTuple):
+    """Of one layout, without padding."""
+
+    tokens: int
+    pairs: int  # a token and what it sees, itself included
+    scored: int  # positions whose logits are needed
+
+    def operations(self, shape: ModelShape) -> float:
+        """Floating-point operations of a forward and a backward pass, as the module says."""
+        attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+        weights = shape.layers * (attention + 3 * shape.hidden * shape.ffn)
+        found = 6.0 * weights * self.tokens + 6.0 * shape.hidden * shape.vocab * self.scored
+        return found + 12.0 * shape.layers * shape.heads * shape.head_dim * self.pairs
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[TreeBatch]) -> Counts:
+        real = [int(row.last.max()) + 1 for row in rows]  # the last token that is no padding ends a sequence
+        pairs = sum(int((row.position[:n].long() + 1).sum()) for row, n in zip(rows, real, strict=True))
+        return cls(sum(real), pairs, sum(len(row.target) for row in rows))
+
+    @classmethod
+    def of_sequences(cls, sequences: Sequence[TokenSequence]) -> Counts:
+        lengths = [len(each.tokens) for each in sequences]
+        return cls(
+            sum(lengths),
+            sum(n * (n + 1) // 2 for n in lengths),
+            sum(int(each.scored.sum()) for each in sequences),
+        )
+
+
+@dataclass
+class Case:
+    """One objective's step: the same comparisons (answers) as rows of the engine and as pairs of sequences."""
+
+    objective: str
+    rows: dict[str, list[TreeBatch]]  # by layout
+    pairs: list[tuple[list[TokenSequence], Tensor]]  # sequences that are padded together, their reference
+    units: int  # comparisons, or sequences for sft
+    sequences: int
+    scored: int  # scored tokens of all sequences
+    unrolled: int  # tokens of all sequences, each once
+
+    def batch(self, layout: str) -> GlobalBatch:
+        """What the trainer is given; the rows in it are packed already."""
+        rows: Any = self.rows[layout]
+        pairwise = self.objective != "sft"
+        return GlobalBatch(
+            rows=rows,
+            mismatched=[],
+            comparisons=self.units if pairwise else 0,
+            sides=2 * self.units if pairwise else 0,
+            sequences=self.sequences,
+            mismatched_sequences=0,
+            scored=self.scored,
+            unrolled=self.unrolled,
+            tokens=np.array([[len(row.tokens) for row in rows]]),
+            imbalance=1.0,
+        )
+
+    def counts(self, layout: str) -> Counts:
+        """Of a layout of `rows`, or of the sequences as they are padded together."""
+        if layout in self.rows:
+            return Counts.of_rows(self.rows[layout])
+        return Counts.of_sequences([each for pair, _ in self.pairs for each in pair])
+
+    def passes(self, layout: str) -> list[int]:
+        """Tokens of every forward pass, with padding."""
+        if layout in self.rows:
+            return [len(row.tokens) for row in self.rows[layout]]
+        return [len(pair) * max(len(each.tokens) for each in pair) for pair, _ in self.pairs]
+
+    @property
+    def count(self) -> int:
+        """What the loss is divided by."""
+        return self.units if OBJECTIVES[self.objective].unit == "comparison" else self.scored
+
+
+def nca(size: Size) -> Case:
+    data = common.synthetic(
+        shapes.ultrainteract(size.trees, vocabulary=size.shape.vocab, scale=size.scale, only="interactive"),
+        size.row_length,
+    )
+    members = [data.group(k) for k in range(len(data))]
+    scored = np.concatenate([each.scored for each in members])
+    # Log-probs that a random model gives on average, so that no loss is saturated: its logits are normal, and the
+    # mean of their log-sum-exp is above log V by half their variance.
+    expected = math.log(size.shape.vocab) + SPREAD**2 / 2
+    reference = (-expected * scored).astype(np.float32)
+    pairs = []
+    for each in members:
+        for sides in each.comparisons.tolist():
+            there = torch.from_numpy(reference[[each.first_sequence + side for side in sides]])
+            pairs.append(([each.sequence(side) for side in sides], there))
+    rows = {
+        "trees": tree_rows(data, size.row_length, reference),
+        "unrolled": unrolled_rows(data, size.row_length, reference),
+    }
+    return _case("nca", data, rows, pairs, data.comparisons)
+
+
+def sft(size: Size) -> Case:
+    """Correct actions as answers to their instructions, without what was tried before."""
+    found = []
+    for tree in shapes.ultrainteract(size.answers, vocabulary=size.shape.vocab, scale=size.scale):
+        answers = tuple(((chosen[0], chosen[-1]), rejected) for chosen, rejected in tree.pairs)
+        group = shapes.group(replace(tree, pairs=answers))
+        found.append(replace(group.subset(np.unique(group.comparisons[:, 0])), instruction=group.instruction))
+    data = DataSet.of(found)
+    plan = BatchPlan(data, unit="sequence", global_batch=data.sequences, row_length=size.row_length)
+    sequences = [each for k in range(len(data)) for each in data.group(k).sequences()]
+    rows = {"trees": _packed(plan[0].rows), "unrolled": _packed(_documents(sequences, size.row_length))}
+    pairs = [(sequences[k : k + 2], torch.zeros(0)) for k in range(0, len(sequences), 2)]
+    return _case("sft", data, rows, pairs, data.sequences)
+
+
+CASES: dict[str, Callable[[Size], Case]] = {"sft": sft, "nca": nca}
+
+
+def _case(objective: str, data: DataSet, rows: Any, pairs: Any, units: int) -> Case:
+    members = [data.group(k) for k in range(len(data))]
+    scored, unrolled = (
+        sum(int(total.sum()) for total in each)
+        for each in ([m.scored for m in members], [m.length for m in members])
+    )
+    return Case(objective, rows, pairs, units, data.sequences, scored, unrolled)
+
+
+def _packed(rows: Sequence[Sequence[Piece]]) -> list[TreeBatch]:
+    return [pack_row(row, multiple=gpt.ROW_MULTIPLE, pad_id=0) for row in rows]
+
+
+def _documents(sequences: Sequence[TokenSequence], row_length: int) -> list[list[Piece]]:
+    """Every sequence a document of its own, rows filled first-fit decreasing."""
+    rows: list[list[Piece]] = []
+    used: list[int] = []
+    for each in sorted(sequences, key=lambda each: -len(each.tokens)):
+        place = next((r for r, n in enumerate(used) if n + len(each.tokens) <= row_length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            used.append(0)
+        used[place] += len(each.tokens)
+        none = np.zeros(1, np.int64), np.zeros((0, 2), np.int32), np.zeros(0, bool)
+        rows[place].append(Piece(merge(TokenGroup.of([each])), *none))
+    return rows
