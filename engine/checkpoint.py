@@ -1,18 +1,25 @@
 """Saving and resuming a run: megatron-core's distributed checkpoint, published atomically, read without pickle.
 
 A checkpoint is a folder `step-00000120` with the model, the optimizer and a `run.json` that tells which run it
-belongs to. The number is the step that comes next.
+belongs to. The number is the step that comes next. Writing goes on behind training: the state is staged in host
+memory, a forked process of every rank writes its part, and the whole is published when all of them are done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import pickle
 import queue
+import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -20,13 +27,21 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint import filesystem
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, _disable_gc
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from torch.distributed.checkpoint import CheckpointException, filesystem
 
 from silva.engine.errors import UserError
 
 PREFIX = "step-"
+PARTIAL = ".partial"
 
 # What torch's checkpoint index (`.metadata`) is made of. It is a pickle, so it is read through this list:
 # anything else in it is refused instead of run.
@@ -70,23 +85,12 @@ def _guarded_index() -> Iterator[None]:
         patched.pickle = original
 
 
-def _writers_queue() -> Any:
-    """The writers' result queue. A synchronous save puts and gets in one process, so a plain queue serves.
-
-    megatron-core's own is a spawned manager process per rank that imports the whole program again (12 s for a
-    save of 1 s); a pipe would block for ever once a rank's results exceed its 64 KiB.
-    """
-    shared: Any = filesystem_async
-    if shared._results_queue is None:
-        shared._results_queue = queue.Queue()
-    return shared._results_queue
-
-
 def _metadata() -> dict[str, Any]:
     """How the optimizer is sharded: the form that can be loaded on any other layout."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
+        # gathered in the host memory of one process: otherwise every process gathers all of it, on its GPU
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -120,45 +124,217 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, loading: bool) -> d
         for key, chunk in zip(keys, chunks, strict=True)
     }
     model = state["model"] if len(chunks) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    state["optimizer"] = _optimizer_state(model, optimizer, loading=loading)
     return state
 
 
-def save(
-    folder: Path, step: int, chunks: Sequence[Any], optimizer: Any, run: dict[str, Any], *, keep: int
-) -> Path:
-    """Write `folder/step-...`, collectively, and remove all but the newest `keep` checkpoints.
+def _optimizer_state(model: dict[str, Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    """In the distributed optimizer's form, whichever there is: main weights are called `optimizer.state.param`."""
+    _count_padding(optimizer)
+    found = optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
+    for main in nested_values(found.get("fp32_from_fp16_params", [])):
+        main.key = main.key.replace("optimizer.state.fp32_param.", "optimizer.state.param.", 1)
+    kind = {"param_state_sharding_type": "fully_reshardable"}
+    if not _is_flat(optimizer):
+        return found | kind
+    # the parameters are their own main weights
+    parameters = optimizer.get_parameters()
+    sharded = get_param_id_to_sharded_param_map(model, parameters)
+    main = [
+        make_sharded_optimizer_tensor(sharded[place], p, prefix="optimizer.state.param")
+        for place, p in enumerate(parameters)
+    ]
+    return {"optimizer": found, "main": main} | kind
 
-    It is written under another name and renamed when it is whole: a killed run leaves no half checkpoint.
 
-    Args:
-        step: the step that comes next.
-        run: what identifies the run; `latest` and `load` compare it.
+def _count_padding(optimizer: Any) -> None:
+    """Let the distributed optimizer gather what it saves with the padding between its gradient buckets.
+
+    megatron-core (0.16, 0.17) leaves it out there, but looks for parameters at their place in the padded buffer:
+    all that stands behind the first padding would be saved shifted, the end as zeros. A model of one bucket is not
+    affected; a tied embedding in a pipeline makes two, overlapped reduction of gradients many.
     """
+    for each in optimizer.chained_optimizers:
+        for buffer in getattr(each, "buffers", []):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _is_flat(optimizer: Any) -> bool:
+    """Whether megatron-core's optimizer states its groups one level higher than its others do."""
+    return all(isinstance(each, FP32Optimizer) for each in optimizer.chained_optimizers)
+
+
+class Saver:
+    """Writes a run's checkpoints into one folder, one at a time. Every method is collective."""
+
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+        """
+        Args:
+            keep: how many checkpoints stay, the newest ones.
+            asynchronous: whether training may go on while a checkpoint is written.
+        """
+        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+        self._calls = (
+            AsyncCallsQueue()
+        )  # megatron-core's: forks a writer for each call, finishes when all are done
+        self._target = folder  # the checkpoint that is being written
+
+    def save(
+        self,
+        step: int,
+        chunks: Sequence[Any],
+        optimizer: Any,
+        run: dict[str, Any],
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Stage the state of model and optimizer, which may change from then on, and have it written.
+
+        It is written under another name and renamed when it is whole: a killed run leaves no half checkpoint.
+        An earlier checkpoint that is still being written is waited for.
+
+        Args:
+            step: the step that comes next.
+            run: what identifies the run; `load` compares it.
+            wait: return only when the checkpoint is published, as a saver that is not asynchronous always does.
+
+        Raises:
+            UserError: the checkpoint, or the one before it, could not be written.
+        """
+        self.wait()
+        self._target = self.folder / f"{PREFIX}{step:08d}"
+        partial_folder = self._new_partial()
+        request = _request(partial_folder, _sharded_state(chunks, optimizer, loading=False))
+        identity = json.dumps({"step": step, **run}, indent=1) + "\n"
+        request.add_finalize_fn(partial(self._publish, partial_folder, self._target, identity))
+        if self.asynchronous and not wait:
+            self._calls.schedule_async_request(request)
+        else:
+            self._finishing(request.execute_sync)
+
+    def poll(self) -> None:
+        """Publish the checkpoint in flight if every rank has written its part; costs nothing where there is none.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._calls.get_num_unfinalized_calls():
+            self._finishing(self._calls.maybe_finalize_async_calls)
+
+    def wait(self) -> None:
+        """Return when no checkpoint is in flight; raises as `poll` does."""
+        while self._calls.get_num_unfinalized_calls():
+            # many short collectives: one that waited for the slowest writer would run into its time limit
+            self._finishing(self._calls.maybe_finalize_async_calls)
+            time.sleep(0.01)
+
+    def _new_partial(self) -> Path:
+        """An empty folder with a name of its own: writers of a killed run may still be writing into theirs."""
+        name = [f"{self._target.name}.{secrets.token_hex(4)}{PARTIAL}"]
+        dist.broadcast_object_list(name)
+        found = self.folder / name[0]
+        if dist.get_rank() == 0:
+            for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
+                shutil.rmtree(stale, ignore_errors=True)
+            found.mkdir(parents=True)
+        dist.barrier()
+        return found
+
+    def _publish(self, partial_folder: Path, final: Path, identity: str) -> None:
+        if dist.get_rank() == 0:
+            (partial_folder / "run.json").write_text(identity)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial_folder, final)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def _finishing(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except CheckpointException as error:  # raised on every rank, with the reasons on the first one
+            reasons = [f"rank {rank}: {reason[0]}" for rank, reason in sorted(error.failures.items())]
+            raise UserError(
+                f"{self._target}: the checkpoint could not be written ({'; '.join(reasons) or 'see rank 0'}); earlier "
+                "checkpoints are whole: look at disk space and memory, then start the run again to resume"
+            ) from error
+
+
+def _request(folder: Path, state: dict[str, Any]) -> AsyncRequest:
+    """megatron-core's plan of who writes what, with our way to write it."""
     patched: Any = filesystem_async
-    patched._get_write_results_queue = _writers_queue
-    final = folder / f"{PREFIX}{step:08d}"
-    partial = final.with_suffix(".partial")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    patched._results_queue = _Results()  # one for each save: nothing of a failed one is left in it
     content = {k: v for k, v in _metadata().items() if k != "dp_cp_group"}
-    dist_checkpointing.save(
-        _sharded_state(chunks, optimizer, loading=False),
-        str(partial),
-        content_metadata=content,
+    # later releases ask which library writes
+    library = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    options: dict[str, Any] = {"async_strategy": "mcore"} if library else {}
+    request: Any = dist_checkpointing.save(
+        state, str(folder), async_sharded_save=True, content_metadata=content, **options
     )
-    dist.barrier()
-    if first:
-        (partial / "run.json").write_text(json.dumps({"step": step, **run}, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    if request.async_fn is None:  # nothing to write on this rank
+        return request
+    transforms = request.async_fn.args[0]
+    return request._replace(
+        async_fn=partial(_write, transforms), preload_fn=partial(_staged, request.preload_fn)
+    )
+
+
+def _staged(preload: Callable[[], Any]) -> Any:
+    """What is written, in host memory that a forked writer sees as it is now."""
+    buckets = preload()
+    for _, _, (_, tensors) in buckets:
+        for place, (item, tensor) in enumerate(tensors):
+            # memory that is registered with the GPU's driver is not a forked process's own
+            if tensor.is_pinned():
+                tensors[place] = (item, tensor.clone())
+    return buckets
+
+
+@_disable_gc()  # in a forked writer it would free tensors of the GPU, which belong to the parent
+def _write(transforms: list[Any], rank: int, buckets: list[Any], results: _Results) -> None:
+    """Write this rank's files, in a thread each.
+
+    megatron-core 0.16 forks a process for each, and waits for ever if one of them is killed.
+    """
+    answers: queue.Queue[Any] = queue.Queue()
+    tickets: queue.Queue[int] = queue.Queue()
+
+    def write(place: int) -> None:
+        tickets.put(place)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, place, buckets[place], answers, tickets, True
+        )
+
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        list(pool.map(write, range(len(buckets))))
+    found = dict(answers.get_nowait() for _ in buckets)
+    failed = [answer for answer in found.values() if isinstance(answer, Exception)]
+    results.put(failed[0] if failed else found)
+
+
+class _Results:
+    """Carries what was written from a rank's writer, a forked process or the rank itself, to the rank.
+
+    megatron-core's own is a spawned manager process per rank that imports the whole program again (12 s for a
+    save of 1 s); a pipe would block for ever once the results exceed its 64 KiB.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the save
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """The results, or an exception that says why there are none: megatron-core tells it to every rank."""
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError):
+            return RuntimeError("the process that wrote it was killed")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -190,5 +366,6 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str,
             raise UserError(
                 f"{checkpoint}: does not hold this model: missing {lost}, unexpected {unexpected}"
             )
-    optimizer.load_state_dict(state["optimizer"])
+    found = state["optimizer"]
+    optimizer.load_state_dict(found["optimizer"] if _is_flat(optimizer) else found)
     return int(saved["step"])
