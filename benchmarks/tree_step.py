@@ -46,7 +46,6 @@ from silva.engine.metrics import preference_sums
 from silva.engine.model import gpt, hf
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.passes import run_rows
-from silva.engine.trainer import ROW_MULTIPLE
 
 EQUAL = 1e-9  # relative; float64 sums in another order
 Bundle = list[tuple[int, int, int]]  # comparisons: tree, chosen, rejected
@@ -56,7 +55,8 @@ def tree_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]) ->
     """As the engine packs them."""
     plan = BatchPlan(data, unit="comparison", global_batch=data.comparisons, row_length=row_length)
     return [
-        pack_row(row, multiple=ROW_MULTIPLE, pad_id=0, reference_logprob=reference) for row in plan[0].rows
+        pack_row(row, multiple=gpt.ROW_MULTIPLE, pad_id=0, reference_logprob=reference)
+        for row in plan[0].rows
     ]
 
 
@@ -81,7 +81,7 @@ def unrolled_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]
         if place == len(rows):
             rows.append((0, []))
         rows[place] = (rows[place][0] + length, rows[place][1] + bundle)
-    return [_documents(data, bundle, ROW_MULTIPLE, reference) for _, bundle in rows]
+    return [_documents(data, bundle, gpt.ROW_MULTIPLE, reference) for _, bundle in rows]
 
 
 def pair_rows(data: DataSet, reference: NDArray[np.float32]) -> list[TreeBatch]:

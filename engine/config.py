@@ -72,6 +72,7 @@ class Objective(Section):
 class Model(Section):
     path: Name  # a Hugging Face folder, or a hub name
     dtype: Dtype = "bfloat16"
+    attention: Literal["tree", "flash"] = "tree"  # flash: FlashAttention for rows without a branching tree
 
 
 class Tokenizer(Section):
@@ -159,15 +160,19 @@ class Training(Section):
     validate_every: Number = 0  # steps; 0: never
     save_every: Number = 0  # steps; 0: at the end only
     keep: Count = 2  # checkpoints
+    async_save: bool = True  # training goes on while a checkpoint is written
 
 
 class Parallel(Section):
     tensor: Count = 1
     pipeline: Count = 1
     virtual_pipeline: Annotated[int, Field(ge=2)] | None = None  # model chunks per pipeline stage
-    context: Count = 1
+    # layers of each stage (with virtual_pipeline: of each chunk), in the order a token passes them; None: equally many
+    stage_layers: Annotated[list[Number], Field(min_length=2)] | None = None
+    context: Count = 1  # processes that share the tokens of each row
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    offload_optimizer: bool = False  # main weights and moments wait in host memory between steps
     overlap: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
 
@@ -340,12 +345,22 @@ def _objective_problems(objective: Objective, data: Data) -> Iterator[tuple[Key,
 
 def _layout_problems(parallel: Parallel, data: Data) -> Iterator[tuple[Key, str]]:
     """What the recipe alone tells; what depends on the model's shape is checked where the model is built."""
-    if parallel.context > 1:
-        yield ("parallel", "context"), f"found {parallel.context}; allowed: 1 (more is not available yet)"
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         yield (
             ("parallel", "virtual_pipeline"),
             f"found {parallel.virtual_pipeline} with pipeline 1; allowed: only with pipeline > 1",
+        )
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if parallel.stage_layers is not None and len(parallel.stage_layers) != stages:
+        yield (
+            ("parallel", "stage_layers"),
+            f"found {len(parallel.stage_layers)} numbers; allowed: one for each of pipeline x virtual_pipeline = "
+            f"{stages} chunks of the model",
+        )
+    if parallel.offload_optimizer and not parallel.distributed_optimizer:
+        yield (
+            ("parallel", "offload_optimizer"),
+            "found true with distributed_optimizer false; allowed: only with distributed_optimizer true",
         )
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield ("parallel", "sequence_parallel"), "found true with tensor 1; allowed: only with tensor > 1"

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from silva.engine.data.packing import TreeBatch
+from silva.engine.data.packing import TreeBatch, to_device
+from silva.engine.data.row_share import share_of
 from silva.engine.metrics import SUMS
 from silva.engine.model import gpt
 from silva.kernels.dispatch import runs_kernels
+from silva.kernels.document_attention import documents
 from silva.kernels.reference import sequence_sums
 
 RowLoss = Callable[[Tensor, TreeBatch], tuple[Tensor, Tensor]]
@@ -88,7 +90,7 @@ def _schedule(chunks: Sequence[Any], rows: Sequence[TreeBatch], step: Any, **opt
 def _training_step(
     rows: Iterator[TreeBatch], chunk: Any, *, loss: RowLoss, fused: RowLoss | None
 ) -> tuple[Tensor, Any]:
-    row = next(rows).to(groups.device())
+    row, how = _next(rows, chunk)
 
     def last_stage(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if fused is not None and runs_kernels(output):
@@ -98,16 +100,34 @@ def _training_step(
         # no token count: the loss is already divided by the global count, megatron-core must only sum
         return value, torch.zeros((), dtype=torch.int, device=value.device), sums
 
-    return gpt.forward(chunk, row), last_stage
+    return gpt.forward(chunk, row, **how), last_stage
 
 
 def _collecting_step(rows: Iterator[TreeBatch], chunk: Any) -> tuple[Tensor, Any]:
-    row = next(rows).to(groups.device())
+    row, how = _next(rows, chunk)
 
     def last_stage(output: Tensor, non_loss_data: bool = True) -> Tensor:
         return _per_sequence(output, row, chunk)
 
-    return gpt.forward(chunk, row), last_stage
+    return gpt.forward(chunk, row, **how), last_stage
+
+
+def _next(rows: Iterator[TreeBatch], chunk: Any) -> tuple[TreeBatch, dict[str, Any]]:
+    """The next row on this process's device, and what only the host can tell of it: arguments of `gpt.forward`.
+
+    With context parallelism the share of the row that is computed here; else its documents, where FlashAttention is
+    wanted and can take it.
+    """
+    row, device = next(rows), groups.device()
+    how: dict[str, Any] = {}
+    if groups.context_size() > 1:
+        window = gpt.window_of(chunk)
+        how["share"] = share_of(row, groups.context_rank(), groups.context_size(), window=window).to(device)
+    elif gpt.attention_of(chunk) == "flash":
+        used = int(row.last.max()) + 1 if len(row.last) else 0
+        plain = documents(row.subtree_end, used)
+        how["documents"] = plain and plain._replace(starts=to_device(plain.starts, device))
+    return row.to(device), how
 
 
 def _per_sequence(output: Tensor, row: TreeBatch, chunk: Any) -> Tensor:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silva.engine import checkpoint, publish, reference_policy
+from silva.engine import backends, checkpoint, publish, reference_policy
 from silva.engine.config import Recipe, Source
 from silva.engine.data import pipeline
 from silva.engine.data.balance import CostModel, row_cost_model
@@ -39,8 +39,6 @@ from silva.engine.objectives import OBJECTIVES
 from silva.engine.passes import run_rows, sequence_values, share_from_last_stage
 from silva.engine.progress import ProgressBar
 from silva.kernels.preference_loss import HYPERPARAMETERS, Structure, preference_loss
-
-ROW_MULTIPLE = 16  # rows are padded to a multiple of it, times the tensor-parallel size
 
 
 @dataclass(slots=True)
@@ -81,6 +79,7 @@ class Trainer:
         self.first = groups.rank() == 0
         self.say(recipe.describe())
         self._check_outputs()
+        backends.check(recipe)
 
         # everything a user can get wrong is found before the first large file is read
         self.model_folder = hf.fetch(recipe.model.path)
@@ -98,11 +97,28 @@ class Trainer:
         self.steps = min(len(self.plan), recipe.training.max_steps or len(self.plan))
 
         dtype = getattr(torch, recipe.model.dtype)
-        bare = gpt.build(self.shape, recipe.parallel, head=self.objective.head, dtype=dtype, seed=recipe.seed)
+        bare = gpt.build(
+            self.shape,
+            recipe.parallel,
+            head=self.objective.head,
+            dtype=dtype,
+            seed=recipe.seed,
+            attention=recipe.model.attention,
+        )
         self.reference, self.validation_reference = self._reference(bare, dtype)
-        hf.load(bare, self.model_folder, self.shape)
+        self._say_read(*hf.load(bare, self.model_folder, self.shape))
         self.chunks: list[Any] = [*optimizer.wrap(bare, recipe.parallel)]
         self.optimizer = optimizer.build(self.chunks, recipe.training, recipe.parallel)
+        self.say(f"computes   {backends.describe(recipe)}")
+        saving = recipe.training
+        self.saver = checkpoint.Saver(
+            self.output / "checkpoints", keep=saving.keep, asynchronous=saving.async_save
+        )
+
+    def _say_read(self, read: int, whole: int) -> None:
+        every: list[Any] = [None] * groups.world_size()
+        dist.all_gather_object(every, read)
+        self.say(f"weights    each process read at most {max(every) / 1e6:,.1f} MB of {whole / 1e6:,.1f} MB")
 
     # ------------------------------------------------------------ the loop
 
@@ -125,6 +141,7 @@ class Trainer:
                 unique, unrolled = unique + batch.unique, unrolled + batch.unrolled
                 journal.write(step, "train", last)
                 bar.advance(_note(last))
+                self.saver.poll()
                 done = step + 1
                 if settings.validate_every and done % settings.validate_every == 0 and done < self.steps:
                     journal.write(done, "validation", self.validate())
@@ -158,6 +175,7 @@ class Trainer:
         _, gradient_norm, _ = self.optimizer.step()
         values = summarize(sums, self._count(batch))  # the step's one read-back: everything before is queued
         if not (math.isfinite(values["loss"]) and math.isfinite(gradient_norm)):
+            self.saver.wait()
             raise UserError(
                 f"step {step}: the loss is {values['loss']}, the gradient norm {float(gradient_norm)}; look at the "
                 f"weights of {self.recipe.model.path}, or lower training.learning_rate. Nothing of this step was saved"
@@ -265,7 +283,7 @@ class Trainer:
         return "sequence" if self.objective.unit == "token" else "comparison"
 
     def _row_multiple(self) -> int:
-        return ROW_MULTIPLE * self.recipe.parallel.tensor
+        return gpt.row_multiple(self.recipe.parallel)
 
     # ------------------------------------------------------------ set-up
 
@@ -452,20 +470,14 @@ class Trainer:
             "global_batch": recipe.training.global_batch,
             "steps": self.steps,
             "seed": recipe.seed,
-            "model": recipe.model.model_dump(),
+            "model": recipe.model.model_dump(exclude={"attention"}),
         }
 
     def save(self, step: int) -> None:
         """Write the checkpoint whose next step is `step`."""
         optimizer.settle(self.chunks, self.recipe.parallel)
-        checkpoint.save(
-            self.output / "checkpoints",
-            step,
-            self.chunks,
-            self.optimizer,
-            self.identity,
-            keep=self.recipe.training.keep,
-        )
+        last = step == self.steps
+        self.saver.save(step, self.chunks, self.optimizer, self.identity, wait=last)
 
     def _resume(self) -> int:
         """Load the newest checkpoint of this run, if there is one; the step to start with."""

@@ -316,7 +316,14 @@ def test_dotted_inputs_are_relative_to_the_file_that_states_them(tmp_path, recip
     [
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline: found 2 with pipeline 1"),
         (["parallel.sequence_parallel=true"], "parallel.sequence_parallel: found true with tensor 1"),
-        (["parallel.context=2"], "parallel.context: found 2; allowed: 1 (more is not available yet)"),
+        (
+            ["parallel.pipeline=2", "parallel.stage_layers=[3,4,5]"],
+            "parallel.stage_layers: found 3 numbers; allowed: one for each of pipeline x virtual_pipeline = 2",
+        ),
+        (
+            ["parallel.offload_optimizer=true", "parallel.distributed_optimizer=false"],
+            "parallel.offload_optimizer: found true with distributed_optimizer false",
+        ),
         (["objective.gamma=1.0"], "objective.gamma: found 1.0, but dpo does not use it; it uses: beta"),
         (["objective.name=bt", "objective.beta=0.2"], "found 0.2, but bt does not use it; it uses: no key"),
         (["objective.ipo_average=false"], "objective.ipo_average: found false, but dpo does not use it"),

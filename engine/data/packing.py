@@ -37,8 +37,15 @@ class TreeBatch:
     span_start: Tensor  # (spans + 1,) int32, the first position of each span
     tree_start: Tensor  # (trees + 1, 3) int32, first span, sequence and comparison of each tree
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> TreeBatch:
-        return TreeBatch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+    def to(self, device: torch.device) -> TreeBatch:
+        return TreeBatch(*(to_device(getattr(self, f.name), device) for f in fields(self)))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: a copy from memory that is not page-locked waits for all that the GPU was given before it."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(slots=True)

@@ -6,8 +6,12 @@ processes. Rows travel as (S, 1, H): sequence first, one row per micro-batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from silva.engine.parallel import groups
+from silva.engine.parallel.context import every_position, whole_row
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +37,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from silva.engine.data.packing import TreeBatch
+from silva.engine.data.row_share import LARGEST_BLOCK, RowShare
 from silva.engine.errors import UserError
 from silva.engine.model.heads import LogProbHead, RewardHead
 from silva.engine.model.hf_layout import ModelShape, padded_vocabulary
+from silva.kernels.document_attention import Documents, document_attention
 from silva.kernels.layers import rms_norm, rotary, rotary_angles, swiglu
 from silva.kernels.tree_attention import Blocks, attention_blocks, tree_attention
 
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
     from silva.engine.config import Parallel
 
 Head = Literal["lm", "reward"]
+
+ROW_MULTIPLE = 16  # tokens: what rows are padded to a multiple of, on every process
 
 
 @dataclass
@@ -53,6 +61,7 @@ class SilvaConfig(TransformerConfig):
     vocabulary: int = 0  # real tokens, without the padding to a multiple of tp
     rope_theta: float = 10000.0
     window: int | None = None
+    attention: str = "tree"
     seed: int = 0
 
 
@@ -69,10 +78,15 @@ class TreeParams(PackedSeqParams):
     subtree_end: Tensor | None = None  # (S,) int32
     position: Tensor | None = None  # (S,) int32
     blocks: Blocks | None = None  # what each block of queries sees, the same for every layer
+    documents: Documents | None = None  # of a row that FlashAttention takes; there are no blocks then
     angles: tuple[Tensor, Tensor] | None = None  # of the rotary positions, the same for every layer
     source: Tensor | None = None  # (L,) int32; None: the last stage gives logits
     target: Tensor | None = None  # (L,) int64
     last: Tensor | None = None  # (N,) int32
+    # With context parallelism what this process computes of the row: `position` to `last` are then of its own tokens,
+    # and `values` counts what the head gives for the whole row.
+    share: RowShare | None = None
+    values: int = 0
 
 
 class RMSNorm(nn.Module):
@@ -112,22 +126,25 @@ class TreeAttention(nn.Module):
         packed_seq_params: TreeParams,
         **unused_too: Any,
     ) -> Tensor:
-        """query (S, 1, H_q / tp, D), key and value (S, 1, H_kv / tp, D) -> (S, 1, H_q / tp * D)."""
+        """query (S, 1, H_q / tp, D), key and value (S, 1, H_kv / tp, D) -> (S, 1, H_q / tp * D).
+
+        With context parallelism S is the number of this process's tokens.
+        """
         position, subtree_end = packed_seq_params.position, packed_seq_params.subtree_end
         assert position is not None
         assert subtree_end is not None
         if packed_seq_params.angles is None:
             packed_seq_params.angles = rotary_angles(position, self.inverse_frequency)
-        angles = packed_seq_params.angles
-        out = tree_attention(
-            rotary(query[:, 0], position, self.inverse_frequency, angles=angles),
-            rotary(key[:, 0], position, self.inverse_frequency, angles=angles),
-            value[:, 0],
-            subtree_end,
-            position=position,
-            window=self.window,
-            blocks=packed_seq_params.blocks,
-        )
+        angles, share = packed_seq_params.angles, packed_seq_params.share
+        query = rotary(query[:, 0], position, self.inverse_frequency, angles=angles)
+        key = rotary(key[:, 0], position, self.inverse_frequency, angles=angles)
+        value = value[:, 0]
+        if share is not None:
+            key, value = whole_row(key, value, share, groups.context_group())
+        if packed_seq_params.documents is not None:
+            out = document_attention(query, key, value, packed_seq_params.documents, window=self.window)
+        else:
+            out = tree_attention(query, key, value, subtree_end, blocks=packed_seq_params.blocks)
         return out.flatten(1)[:, None]
 
 
@@ -157,16 +174,27 @@ class TreeModel(GPTModel):
         """hidden states to the next stage, or what the head makes of them."""
         if not self.post_process:
             return hidden_states
-        row = packed_seq_params
+        row, share = packed_seq_params, packed_seq_params.share
         if self.config.head == "reward":
-            return self.output_layer(hidden_states, row.last)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        return self.output_layer(hidden_states, weight, source=row.source, target=row.target)
+            found = self.output_layer(hidden_states, row.last)
+        else:
+            tied = self.share_embeddings_and_output_weights
+            weight = self.shared_embedding_or_output_weight() if tied else None
+            found = self.output_layer(hidden_states, weight, source=row.source, target=row.target)
+        if share is None:
+            return found
+        where = share.ended if self.config.head == "reward" else share.scored
+        return every_position(found, where, row.values, groups.context_group())
 
 
 def build(
-    shape: ModelShape, parallel: Parallel, *, head: Head, dtype: torch.dtype, seed: int = 0
+    shape: ModelShape,
+    parallel: Parallel,
+    *,
+    head: Head,
+    dtype: torch.dtype,
+    seed: int = 0,
+    attention: str = "tree",
 ) -> list[nn.Module]:
     """The slice of the model this process holds: one module per virtual stage, without data parallelism.
 
@@ -177,12 +205,13 @@ def build(
         shape: of the checkpoint.
         parallel: the layout that `groups.initialize` built.
         dtype: float32, bfloat16 or float64, of parameters and activations.
+        attention: `model.attention` of the recipe.
 
     Raises:
         UserError: the shape does not fit the layout, naming the key.
     """
     check_layout(shape, parallel)
-    config = _configuration(shape, parallel, head=head, dtype=dtype, seed=seed)
+    config = _configuration(shape, parallel, head=head, dtype=dtype, seed=seed, attention=attention)
     stages: list[int | None] = (
         [None] if parallel.virtual_pipeline is None else [*range(parallel.virtual_pipeline)]
     )
@@ -191,13 +220,8 @@ def build(
 
 def check_layout(shape: ModelShape, parallel: Parallel) -> None:
     """Raises UserError where the model cannot be split as `parallel` asks."""
-    if parallel.context > 1:
-        raise UserError(
-            f"parallel.context is {parallel.context}: context parallelism is not built yet, only 1 works"
-        )
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    stage_layers(shape, parallel)
     splits = [
-        ("parallel.pipeline x parallel.virtual_pipeline", stages, "layers", shape.layers),
         ("parallel.tensor", parallel.tensor, "attention heads", shape.heads),
         ("parallel.tensor", parallel.tensor, "feed-forward columns", shape.ffn),
     ]
@@ -216,8 +240,42 @@ def check_layout(shape: ModelShape, parallel: Parallel) -> None:
         )
 
 
+def stage_layers(shape: ModelShape, parallel: Parallel) -> list[int]:
+    """Layers of each chunk of the model, in the order a token passes them.
+
+    Raises:
+        UserError: they are not those of the model, or it cannot be cut into equal stages and no others are given.
+    """
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    given = parallel.stage_layers
+    if given is None:
+        if shape.layers % stages:
+            raise UserError(
+                f"parallel.pipeline x parallel.virtual_pipeline is {stages}, but the model's {shape.layers} layers "
+                f"cannot be split into {stages} equal parts; say how many each stage gets in parallel.stage_layers"
+            )
+        return [shape.layers // stages] * stages
+    if len(given) != stages:
+        raise UserError(
+            f"parallel.stage_layers is {given}, but parallel.pipeline x parallel.virtual_pipeline is {stages}: one "
+            "number is needed for each"
+        )
+    if sum(given) != shape.layers:
+        raise UserError(
+            f"parallel.stage_layers is {given}, together {sum(given)} layers, but the model has {shape.layers}"
+        )
+    return given
+
+
+def row_multiple(parallel: Parallel) -> int:
+    """What the length of a row has to be a multiple of: every process then holds equally many, suitable tokens."""
+    size = ROW_MULTIPLE * parallel.tensor * parallel.context
+    # whole blocks of queries for each process: finer dealing would cost attention more tiles
+    return math.lcm(size, LARGEST_BLOCK * parallel.context) if parallel.context > 1 else size
+
+
 def _configuration(
-    shape: ModelShape, parallel: Parallel, *, head: Head, dtype: torch.dtype, seed: int
+    shape: ModelShape, parallel: Parallel, *, head: Head, dtype: torch.dtype, seed: int, attention: str
 ) -> SilvaConfig:
     options: dict[str, Any] = {}
     if parallel.virtual_pipeline is not None:
@@ -228,11 +286,19 @@ def _configuration(
     elif parallel.recompute == "selective":
         # what holds much and is cheap to compute again
         options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    if parallel.stage_layers is not None:
+        chunks = [["decoder"] * count for count in stage_layers(shape, parallel)]
+        options["pipeline_model_parallel_layout"] = [
+            ["embedding", *chunks[0]],
+            *chunks[1:-1],
+            [*chunks[-1], "loss"],
+        ]
     return SilvaConfig(
         head=head,
         vocabulary=shape.vocab,
         rope_theta=shape.rope_theta,
         window=shape.window,
+        attention=attention,
         seed=seed,
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -325,16 +391,20 @@ def _build_stage(config: SilvaConfig, shape: ModelShape, virtual_stage: int | No
     return model
 
 
-def forward(chunk: nn.Module, batch: TreeBatch) -> Tensor:
+def forward(
+    chunk: nn.Module, batch: TreeBatch, share: RowShare | None = None, documents: Documents | None = None
+) -> Tensor:
     """One stage's forward pass over one row; with a pipeline, called by megatron-core's schedule.
 
     Args:
         chunk: one of `build`'s modules, wrapped for data parallelism or not.
-        batch: on this process's device; the same row on every tensor-parallel process and stage.
+        batch: on this process's device; the same row on every tensor- and context-parallel process and stage.
+        share: of the row, on the same device: with context parallelism what this process computes of it.
+        documents: of the row, on the same device, if FlashAttention is to compute it.
 
     Returns:
-        On the last stage log-probs (L,) (head "lm") or rewards (N,) (head "reward"), float32 at least; on the
-        others hidden states for the next stage.
+        On the last stage log-probs (L,) (head "lm") or rewards (N,) (head "reward"), float32 at least, also with a
+        share those of the whole row; on the others hidden states for the next stage.
 
     Raises:
         ValueError: sequence parallelism cannot split the row.
@@ -345,12 +415,21 @@ def forward(chunk: nn.Module, batch: TreeBatch) -> Tensor:
         source=batch.source,
         target=batch.target,
         last=batch.last,
+        documents=documents,
     )
-    return _run(chunk, batch.tokens, row)
+    tokens = batch.tokens
+    if share is not None:
+        index = share.index.long()
+        tokens, row.position, row.share = tokens[index], batch.position[index], share
+        row.source, row.target, row.last = share.source, batch.target[share.scored], share.last
+        row.values = len(batch.last) if head_of(chunk) == "reward" else len(batch.target)
+    return _run(chunk, tokens, row, batch.position)
 
 
 def logits(chunk: nn.Module, tokens: Tensor) -> Tensor:
     """Logits of a plain sequence, to compare with other implementations: `forward` without a head's targets.
+
+    With context parallelism every process computes the whole sequence.
 
     Args:
         tokens: (S,) int64.
@@ -360,7 +439,8 @@ def logits(chunk: nn.Module, tokens: Tensor) -> Tensor:
     """
     size = tokens.shape[0]
     position = torch.arange(size, dtype=torch.int32, device=tokens.device)
-    out = _run(chunk, tokens, TreeParams(subtree_end=torch.full_like(position, size), position=position))
+    row = TreeParams(subtree_end=torch.full_like(position, size), position=position)
+    out = _run(chunk, tokens, row, position)
     model = _unwrapped(chunk)
     if not model.post_process:
         return out
@@ -372,7 +452,18 @@ def head_of(chunk: nn.Module) -> Head:
     return _unwrapped(chunk).config.head
 
 
-def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams) -> Tensor:
+def window_of(chunk: nn.Module) -> int | None:
+    """Tokens that attention looks back at most; None: all."""
+    return _unwrapped(chunk).config.window
+
+
+def attention_of(chunk: nn.Module) -> str:
+    """`model.attention` of the recipe."""
+    return _unwrapped(chunk).config.attention
+
+
+def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams, position: Tensor) -> Tensor:
+    """`position`: of the whole row, as `row.subtree_end` is."""
     config = _unwrapped(chunk).config
     if config.sequence_parallel and tokens.shape[0] % config.tensor_model_parallel_size:
         raise ValueError(
@@ -380,14 +471,16 @@ def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams) -> Tensor:
             "sequence-parallel processes: pack rows to a multiple of it"
         )
     assert row.subtree_end is not None
-    row.blocks = attention_blocks(
-        row.subtree_end,
-        group=_local_group(config),
-        size=config.kv_channels,
-        dtype=config.params_dtype,
-        position=row.position,
-        window=config.window,
-    )
+    if row.documents is None:
+        row.blocks = attention_blocks(
+            row.subtree_end,
+            group=_local_group(config),
+            size=config.kv_channels,
+            dtype=config.params_dtype,
+            position=position,
+            window=config.window,
+            query_index=None if row.share is None else row.share.index,
+        )
     return chunk(input_ids=tokens[None], position_ids=None, attention_mask=None, packed_seq_params=row)
 
 

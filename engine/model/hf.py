@@ -6,6 +6,7 @@ Every process reads only the rows and columns it holds, one tensor at a time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ ARCHITECTURES = (
     "MistralForSequenceClassification",
     "EurusRewardModel",
 )
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a weight, by safetensors' names of its type
 # transformers leaves out of config.json what equals its own default
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
@@ -220,11 +222,22 @@ class _Checkpoint:
         except SafetensorError as error:
             raise UserError(f"{self.folder / self.names[name]}: {name}: {error}") from None
 
+    def bytes(self, name: str) -> int:
+        """Of one tensor."""
+        found = self.tensor(name)
+        return math.prod(found.get_shape()) * BYTES[found.get_dtype()]
+
     def check(self, expected: dict[str, tuple[int, ...]], *, unused: set[str]) -> None:
         """Raises UserError unless exactly `expected` is here; `unused` may be here too and is left alone."""
         for name, shape in expected.items():
             if name not in self.names:
                 raise UserError(f"{self.folder}: tensor {name} is missing; it should have shape {[*shape]}")
+            kind = self.tensor(name).get_dtype()
+            if kind not in BYTES:
+                raise UserError(
+                    f"{self.folder}: tensor {name} is of type {kind}; only {', '.join(BYTES)} are supported: convert "
+                    "the checkpoint first"
+                )
             found = [*self.tensor(name).get_shape()]
             if found != [*shape]:
                 raise UserError(
@@ -240,11 +253,16 @@ class _Checkpoint:
 
 
 @torch.no_grad()
-def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: ModelShape) -> None:
+def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: ModelShape) -> tuple[int, int]:
     """Fill the weights of `gpt.build`'s modules from a checkpoint, converting to their type.
+
+    Every process reads its own rows and columns only.
 
     A reward head is read where the checkpoint has one (`score.weight`, `regression_head.weight`) and keeps
     the weight it was built with otherwise. Padded vocabulary rows become zero.
+
+    Returns:
+        The bytes of the tensors this process read, and those of all tensors of the model.
 
     Raises:
         UserError: a tensor is missing, of another shape, or has no place in the model.
@@ -259,19 +277,25 @@ def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: Model
         if head == "reward" and score:
             expected[score] = (1, shape.hidden)
         checkpoint.check(expected, unused={OUTPUT, SCORE, REGRESSION})
+        read = 0
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 if head == "reward" and name == "output_layer.weight":
                     if score:
-                        parameter.copy_(checkpoint.tensor(score)[:])
+                        values = checkpoint.tensor(score)[:]
+                        parameter.copy_(values)
+                        read += values.nbytes
                 else:
-                    _fill(parameter, name, chunk, checkpoint, shape)
+                    read += _fill(parameter, name, chunk, checkpoint, shape)
+        return read, sum(checkpoint.bytes(name) for name in expected)
 
 
 def _fill(
     parameter: nn.Parameter, name: str, chunk: nn.Module, checkpoint: _Checkpoint, shape: ModelShape
-) -> None:
+) -> int:
+    """The bytes that were read."""
     parameter.zero_()
+    read = 0
     layer = global_layer(chunk, name)
     rank, size = groups.tensor_rank(), groups.tensor_size()
     for piece in pieces(name, layer, shape, tensor_rank=rank, tensor_size=size):
@@ -279,3 +303,5 @@ def _fill(
         cut = slice(piece.start, piece.stop)
         values = source[cut] if piece.dim == 0 else source[:, cut]
         parameter.narrow(piece.dim, piece.at, piece.stop - piece.start).copy_(values)
+        read += values.nbytes
+    return read

@@ -166,7 +166,7 @@ def _write_stage(
     limit: int,
 ) -> None:
     """This stage's tensors into files of their own, and a table of them; one data-parallel copy writes."""
-    if groups.data_rank() != 0:
+    if groups.copy_rank() != 0:
         return
     files = _Files(folder, groups.pipeline_rank(), limit)
     for chunk in chunks:

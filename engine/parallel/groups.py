@@ -134,8 +134,26 @@ def data_size() -> int:
 
 
 def data_group() -> ProcessGroup:
-    """Processes that hold the same slice of the model and see different rows."""
+    """Processes that hold the same slice of the model and see different rows; context parallelism not counted."""
     return parallel_state.get_data_parallel_group()
+
+
+def copy_rank() -> int:
+    """Which of the processes that hold the same slice of the model this one is: data and context parallelism."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+
+def context_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
+def context_size() -> int:
+    return parallel_state.get_context_parallel_world_size()
+
+
+def context_group() -> ProcessGroup:
+    """Processes that share the tokens of every row."""
+    return parallel_state.get_context_parallel_group()
 
 
 def tensor_rank() -> int:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from silva.engine.parallel.offload import keep_on_host
+
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -39,7 +41,10 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("FusedAdam keeps its step on the host, where no CUDA graph can count it")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -57,29 +62,36 @@ class FusedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
             for p in parameters:
                 state = self.state[p]
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-            step = torch.tensor(float(group["step"]), device=parameters[0].device)
-            self._update(
-                parameters,
-                [p.grad for p in parameters],
-                [self.state[p]["exp_avg"] for p in parameters],
-                [self.state[p]["exp_avg_sq"] for p in parameters],
-                [],
-                [step] * len(parameters),
-                amsgrad=False,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            states = [self.state[p] for p in parameters]
+            self.update(group, parameters, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states])
+
+    def update(
+        self, group: dict[str, Any], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
+    ) -> None:
+        """Update parameters and their moments in place, all on one device, as the group's settings and step say."""
+        if not parameters:
+            return
+        step = torch.tensor(float(group["step"]), device=parameters[0].device)
+        self._update(
+            parameters,
+            [p.grad for p in parameters],
+            first,
+            second,
+            [],
+            [step] * len(parameters),
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def _l2_norm(chunk: int, flag: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
@@ -94,14 +106,18 @@ def _scale(chunk: int, flag: Tensor, lists: list[list[Tensor]], factor: float) -
         torch._foreach_mul_(target, factor)
 
 
-def register() -> bool:
-    """Put these where megatron-core looks for the fused ones. Returns False if it found real ones itself."""
+def register(*, always: bool = False) -> bool:
+    """Put these where megatron-core looks for the fused ones. Returns False if it found real ones itself.
+
+    Args:
+        always: of the optimizer also where it found one.
+    """
     import megatron.core.optimizer as factory
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 
     if factory.Adam is FusedAdam:
         return True
-    if not factory.USING_PYTORCH_OPTIMIZER:
+    if not factory.USING_PYTORCH_OPTIMIZER and not always:
         return False
     replaced: Any = factory
     replaced.Adam, replaced.USING_PYTORCH_OPTIMIZER = FusedAdam, False
@@ -112,6 +128,13 @@ def register() -> bool:
     mixed: Any = optimizer
     mixed.multi_tensor_scale_impl = _scale
     return True
+
+
+def adam_in_use() -> str:
+    """The library whose AdamW megatron-core takes, after `build`."""
+    import megatron.core.optimizer as factory
+
+    return "torch, fused" if factory.Adam is FusedAdam else str(factory.Adam.__module__).partition(".")[0]
 
 
 def wrap(chunks: Sequence[nn.Module], parallel: Parallel) -> list[nn.Module]:
@@ -139,7 +162,7 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
 
     Losses arrive divided by the global count, so `finalize_model_grads` gets no token count to divide by.
     """
-    register()
+    register(always=parallel.offload_optimizer)
     config: Any = chunks[0].config
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -157,6 +180,8 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
         ),
         list(chunks),
     )
+    if parallel.offload_optimizer:
+        keep_on_host(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = _sum_gradients
     if parallel.overlap:

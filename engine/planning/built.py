@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from silva.engine.parallel import groups, optimizer
+from silva.engine.parallel.offload import pieces
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from silva.engine.config import Parallel, Training
 from silva.engine.data.chat import TokenSequence
 from silva.engine.data.group import TokenGroup
 from silva.engine.data.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.row_share import RowShare, share_of
 from silva.engine.data.tree import merge
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
@@ -52,6 +54,12 @@ class Job:
     dtype: torch.dtype
     world: int
     row_length: int  # S, a multiple of what rows are padded to
+
+    @property
+    def tokens(self) -> int:
+        """Of a row, between the layers of one process."""
+        layout = self.parallel
+        return self.row_length // layout.context // (layout.tensor if layout.sequence_parallel else 1)
 
 
 @dataclass
@@ -79,6 +87,7 @@ class Stage:
     optimizer: float
     buffers: float  # megatron-core's own, kept for gathering rows
     chunks: list[Chunk] = field(default_factory=list)
+    host: float = 0.0  # of optimizer state, in host memory
 
 
 def measure(job: Job, rank: int) -> Stage:
@@ -89,7 +98,9 @@ def measure(job: Job, rank: int) -> Stage:
     """
     meter = Meter()
     with _rank(job, rank), _no_launches(meter):
-        chunks, held = _build(job)
+        if job.parallel.context > 1:
+            meter.context_group = groups.context_group().group_name
+        chunks, held, host = _build(job)
         stepped = [_step(job, chunk, meter) for chunk in chunks]
         return Stage(
             parameters=_storages(p for c in chunks for p in c.parameters()),
@@ -97,6 +108,7 @@ def measure(job: Job, rank: int) -> Stage:
             optimizer=held,
             buffers=_pool_bytes(),
             chunks=stepped,
+            host=host,
         )
 
 
@@ -105,13 +117,20 @@ def measure(job: Job, rank: int) -> Stage:
 
 @contextmanager
 def _rank(job: Job, rank: int) -> Iterator[None]:
-    """Groups of a world in which only this process exists; new modules are made on the meta device."""
-    cuda, state, own_groups = _any(torch.cuda), _any(parallel_state), parallel_state.create_group
-    cuda.current_device = lambda: META
+    """A rank of the job, whose new modules are made on the meta device."""
+    _any(torch.cuda).current_device = lambda: META
+    with pretended_world(job.parallel, rank, job.world):
+        yield
+
+
+@contextmanager
+def pretended_world(parallel: Parallel, rank: int, size: int) -> Iterator[None]:
+    """Groups of a world in which only this process exists: collectives do nothing and leave outputs as they were."""
+    state, own_groups = _any(parallel_state), parallel_state.create_group
     # gloo would look for the other processes; the pretended backend stands in for it too
     state.create_group = lambda *args, **options: own_groups(*args, **options | {"backend": "fake"})
-    dist.init_process_group("fake", rank=rank, world_size=job.world, store=FakeStore())
-    groups.initialize(job.parallel)
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    groups.initialize(parallel)
     yield
     groups.shutdown()
     state.create_group = own_groups
@@ -146,12 +165,21 @@ def _any(target: object) -> Any:
 # ---------------------------------------------------------------- building
 
 
-def _build(job: Job) -> tuple[list[Any], float]:
-    """The wrapped chunks and the bytes of optimizer state."""
+def _build(job: Job) -> tuple[list[Any], float, float]:
+    """The wrapped chunks and the bytes of optimizer state, on the GPU and in host memory."""
     bare = gpt.build(job.shape, job.parallel, head=job.head, dtype=job.dtype)
     chunks: list[Any] = [*optimizer.wrap(bare, job.parallel)]
     made = optimizer.build(chunks, job.training, job.parallel)
-    return chunks, _optimizer_bytes(made, chunks)
+    held = _optimizer_bytes(made, chunks)
+    if not job.parallel.offload_optimizer:
+        return chunks, held, 0.0
+    groups_of_all = [group for part in made.chained_optimizers for group in part.optimizer.param_groups]
+    elements = sum(p.numel() for group in groups_of_all for p in group["params"])
+    share = max(
+        (sum(p.numel() for p in piece) for group in groups_of_all for piece in pieces(group["params"])),
+        default=0,
+    )
+    return chunks, held * share / max(elements, 1), held
 
 
 def _optimizer_bytes(made: Any, chunks: list[Any]) -> float:
@@ -184,10 +212,10 @@ def _step(job: Job, chunk: Any, meter: Meter) -> Chunk:
     before = meter.live
     shared = _pool_bytes()
     with meter, chunk.no_sync():
-        batch = plain_row(job.row_length).to(META)
+        batch, share = _row(job)
         if not model.pre_process:
             model.set_input_tensor(_hidden(job, requires_grad=True))
-        out = gpt.forward(chunk, batch)
+        out = gpt.forward(chunk, batch, share)
         shape = tuple(out.shape)
         forward, highest = meter.cost, meter.peak
         if not model.post_process:
@@ -201,7 +229,7 @@ def _step(job: Job, chunk: Any, meter: Meter) -> Chunk:
         else:
             custom_backward(out, gradient)
         backward, highest_backward = meter.cost, meter.peak
-    del out, gradient, batch
+    del out, gradient, batch, share
     model.set_input_tensor(None)
     reached = [p.main_grad._version > v for p, v in zip(chunk.parameters(), versions, strict=True)]
     return Chunk(
@@ -223,10 +251,18 @@ def _pool_bytes() -> float:
 
 
 def _hidden(job: Job, *, requires_grad: bool = False) -> Tensor:
-    """What stages exchange: (S / tp with sequence parallelism, 1, H)."""
-    parts = job.parallel.tensor if job.parallel.sequence_parallel else 1
-    size = (job.row_length // parts, 1, job.shape.hidden)
+    """What stages exchange: (S / cp, 1, H), also divided by tp with sequence parallelism."""
+    size = (job.tokens, 1, job.shape.hidden)
     return torch.empty(size, dtype=job.dtype, device=META, requires_grad=requires_grad)
+
+
+def _row(job: Job) -> tuple[TreeBatch, RowShare | None]:
+    """The row that is stepped, and what of it this rank computes."""
+    batch, share = plain_row(job.row_length), None
+    if job.parallel.context > 1:
+        part = groups.context_rank(), groups.context_size()
+        share = share_of(batch, *part, window=job.shape.window).to(META)
+    return batch.to(META), share
 
 
 def plain_row(size: int) -> TreeBatch:

@@ -2,7 +2,8 @@
 
 Figures are the vendor's, per GPU: dense bfloat16 without sparsity; NVLink and network in one direction. Sources:
 NVIDIA's data sheets of the A100 (2021), H100 (2023), H200 (2023) and of the DGX A100, H100, H200 and B200, whose
-network is one adapter per GPU. `memory` is what the driver leaves of the nominal size, rounded down.
+network is one adapter per GPU; to the host, PCI Express 4 or 5 with 16 lanes. `memory` is what the driver leaves
+of the nominal size, rounded down.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ class Gpu:
     bandwidth: float
     nvlink: float
     network: float
+    host: float  # to and from the host's memory, in one direction
     per_node: int = 8
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40g", 312e12, 39.3 * GIB, 1.555e12, 300e9, 25e9),
-        Gpu("a100-80g", 312e12, 79.0 * GIB, 2.039e12, 300e9, 25e9),
-        Gpu("h100-80g", 989e12, 79.0 * GIB, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 989e12, 139.5 * GIB, 4.8e12, 450e9, 50e9),
-        Gpu("b200", 2250e12, 178.0 * GIB, 7.7e12, 900e9, 50e9),
+        Gpu("a100-40g", 312e12, 39.3 * GIB, 1.555e12, 300e9, 25e9, 31.5e9),
+        Gpu("a100-80g", 312e12, 79.0 * GIB, 2.039e12, 300e9, 25e9, 31.5e9),
+        Gpu("h100-80g", 989e12, 79.0 * GIB, 3.35e12, 450e9, 50e9, 63e9),
+        Gpu("h200", 989e12, 139.5 * GIB, 4.8e12, 450e9, 50e9, 63e9),
+        Gpu("b200", 2250e12, 178.0 * GIB, 7.7e12, 900e9, 50e9, 63e9),
     )
 }
 

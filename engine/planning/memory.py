@@ -58,8 +58,7 @@ def budget(stage: Stage, place: int, job: Job, micro_batches: int, assumptions: 
 
 def exchanged_bytes(job: Job) -> int:
     """What two stages hand each other per micro-batch and direction."""
-    parts = job.parallel.tensor if job.parallel.sequence_parallel else 1
-    return job.row_length // parts * job.shape.hidden * job.dtype.itemsize
+    return job.tokens * job.shape.hidden * job.dtype.itemsize
 
 
 def held(chunks: Sequence[Chunk], place: int, parallel: Parallel, micro_batches: int) -> tuple[float, int]:

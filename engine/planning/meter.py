@@ -36,6 +36,7 @@ class Cost:
     wire: float = 0  # bytes this GPU sends in collectives, by the ring algorithm
     attention: int = 0  # attention operations (one per layer), whose work depends on the trees
     attention_backward: int = 0
+    context_wire: float = 0  # of `wire`'s kind, but among context-parallel processes
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in COSTS))
@@ -44,7 +45,7 @@ class Cost:
         return Cost(*(getattr(self, name) * factor for name in COSTS))
 
 
-COSTS = ("flops", "traffic", "wire", "attention", "attention_backward")
+COSTS = ("flops", "traffic", "wire", "attention", "attention_backward", "context_wire")
 
 
 class Meter(TorchDispatchMode):
@@ -57,6 +58,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.context_group = ""  # the name of the group whose collectives are counted apart
         self.live = self.peak = 0
         self.cost = Cost()
         self._sizes: dict[int, int] = {}
@@ -79,7 +81,7 @@ class Meter(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if func.namespace == "c10d":
-            self.cost.wire += _wire_bytes(packet.__name__, args)
+            self._send(packet.__name__, args)
         elif packet in flop_registry:
             self.cost.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         elif not func.is_view and packet.__name__ not in FREE:
@@ -90,6 +92,18 @@ class Meter(TorchDispatchMode):
             if storage._cdata not in before and storage._cdata not in self._sizes:
                 self._hold(storage)
         return out
+
+    def _send(self, name: str, args: tuple[Any, ...]) -> None:
+        boxed = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
+        if boxed is None:
+            return
+        group = dist.ProcessGroup.unbox(boxed)
+        whole = max((_bytes(x) for x in tree_leaves(args) if isinstance(x, Tensor)), default=0)
+        sent = whole * (group.size() - 1) / group.size() * (2 if name.startswith("allreduce") else 1)
+        if group.group_name == self.context_group:
+            self.cost.context_wire += sent
+        else:
+            self.cost.wire += sent
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -104,12 +118,3 @@ class Meter(TorchDispatchMode):
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-def _wire_bytes(name: str, args: tuple[Any, ...]) -> float:
-    group = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
-    if group is None:
-        return 0.0
-    size = dist.ProcessGroup.unbox(group).size()
-    whole = max((_bytes(x) for x in tree_leaves(args) if isinstance(x, Tensor)), default=0)
-    return whole * (size - 1) / size * (2 if name.startswith("allreduce") else 1)

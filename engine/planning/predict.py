@@ -9,6 +9,7 @@ import torch
 
 from silva.engine.config import Parallel, Recipe
 from silva.engine.errors import UserError
+from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.planning import built
@@ -18,7 +19,6 @@ from silva.engine.planning.isolated import isolated_each
 from silva.engine.planning.memory import Budget, budget
 from silva.engine.planning.step_time import Load, StepTime, micro_batches, model_flops, step_time
 from silva.engine.planning.workload import Workload
-from silva.engine.trainer import ROW_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def predict(setting: Setting, job: Job, stages: Sequence[Stage]) -> Prediction:
 
 
 def build_stages(job: Job) -> list[Stage]:
-    """Every stage of a job: the first, the second and the last really built, those between as the second.
+    """Every stage of a job: the first, the last and one of each number of layers between really built.
 
     Raises:
         UserError: the layout fits neither the model nor the number of GPUs.
@@ -97,16 +97,19 @@ def build_stages(job: Job) -> list[Stage]:
         raise UserError(
             f"parallel.pipeline is {stages}, which does not divide {job.world} GPUs: give --gpus a multiple of it"
         )
-    places = sorted({0, min(1, stages - 1), stages - 1})
-    ranks = [(job, place * (job.world // stages)) for place in places]
+    layers = gpt.stage_layers(job.shape, job.parallel)
+    # stages whose chunks have as many layers, and the same end of the model in them, are alike
+    kinds = [(place == 0, place == stages - 1, *layers[place::stages]) for place in range(stages)]
+    places = {kind: place for place, kind in enumerate(kinds)}
+    ranks = [(job, place * (job.world // stages)) for place in places.values()]
     found = dict(zip(places, isolated_each(built.measure, ranks), strict=True))
-    return [found.get(place, found[places[min(1, len(places) - 1)]]) for place in range(stages)]
+    return [found[kind] for kind in kinds]
 
 
 def advice(setting: Setting, prediction: Prediction) -> list[str]:
     """What to change, the likeliest first."""
     layout, fullest = prediction.job.parallel, prediction.fullest
-    replicas = setting.gpus // (layout.tensor * layout.pipeline)
+    replicas = setting.gpus // (layout.tensor * layout.pipeline * layout.context)
     found = []
     if not prediction.fits:
         static = ("parameters", "gradients", "optimizer")
@@ -120,12 +123,15 @@ def advice(setting: Setting, prediction: Prediction) -> list[str]:
             found.append(f"a larger parallel.pipeline (now {layout.pipeline}) splits weights and gradients")
             if layout.distributed_optimizer:
                 found.append("more GPUs spread the optimizer further")
+                if not layout.offload_optimizer:
+                    found.append("parallel.offload_optimizer=true keeps it in host memory")
         else:
             if layout.recompute != "full":
                 found.append(f"parallel.recompute=full (now {layout.recompute}) keeps one tensor a layer")
             if layout.tensor > 1 and not layout.sequence_parallel:
                 found.append("parallel.sequence_parallel=true splits what tensor parallelism leaves whole")
             found.append(f"a shorter data.row_length (now {setting.recipe.data.row_length})")
+            found.append(f"a larger parallel.context (now {layout.context}) splits every row")
             found.append(f"a larger parallel.tensor (now {layout.tensor})")
         found.append("--search looks for layouts that fit")
         return found
@@ -152,7 +158,7 @@ def as_overrides(prediction: Prediction, recipe: Recipe) -> list[str]:
     values = prediction.job.parallel.model_dump()
     words = {None: "null", True: "true", False: "false"}
     found = [
-        f"parallel.{key}={words[value] if value is None or isinstance(value, bool) else value}"
+        f"parallel.{key}={words[value] if value is None or isinstance(value, bool) else _pasted(value)}"
         for key, value in values.items()
         if value != Parallel.model_fields[key].default or value != getattr(recipe.parallel, key)
     ]
@@ -161,7 +167,12 @@ def as_overrides(prediction: Prediction, recipe: Recipe) -> list[str]:
     return found
 
 
+def _pasted(value: object) -> str:
+    """Without blanks, so that a shell takes it as one word."""
+    return str(value).replace(" ", "")
+
+
 def padded(row_length: int, parallel: Parallel) -> int:
     """Tokens of the longest row, padded as the trainer pads it."""
-    multiple = ROW_MULTIPLE * parallel.tensor
+    multiple = gpt.row_multiple(parallel)
     return -(-row_length // multiple) * multiple

@@ -12,6 +12,7 @@ from silva.engine.planning.built import Job, Stage
 from silva.engine.planning.hardware import GIB
 from silva.engine.planning.memory import PARTS
 from silva.engine.planning.predict import Prediction, Setting, advice, as_overrides
+from silva.engine.planning.step_time import replicas
 
 WARNING = "A prediction, not a measurement: nothing here has run on a GPU. What it assumes stands below."
 
@@ -48,6 +49,12 @@ def show_prediction(console: Console, setting: Setting, prediction: Prediction) 
         f"{verdict}: {fullest.total / GIB:.1f} of {setting.gpu.memory / GIB:.1f} GiB on the fullest stage; "
         f"most of it: {fullest.dominant}, {getattr(fullest, fullest.dominant) / GIB:.1f} GiB"
     )
+    host = max(stage.host for stage in prediction.stages)
+    if host:
+        node = min(setting.gpu.per_node, setting.gpus)
+        console.print(
+            f"host memory for the optimizer: {host / GIB:.1f} GiB a GPU, {node * host / GIB:,.0f} GiB a node"
+        )
     for line in advice(setting, prediction):
         console.print(f"  - {line}")
 
@@ -92,14 +99,14 @@ def _time_table(console: Console, prediction: Prediction) -> None:
 
 def show_search(console: Console, setting: Setting, found: Sequence[Prediction]) -> None:
     table = Table(title="best layouts, each built whole", title_justify="left")
-    for name in ("", "TP", "PP", "virtual", "DP", "recompute", "row", "micro-batches", "GiB", "s/step", "bubble",
+    for name in ("", "TP", "CP", "PP", "virtual", "DP", "recompute", "row", "micro-batches", "GiB", "s/step", "bubble",
                  "tokens/s", "MFU"):  # fmt: skip
         table.add_column(name, justify="right")
     for number, each in enumerate(found, 1):
         layout, time = each.job.parallel, each.time
         table.add_row(
-            str(number), str(layout.tensor), str(layout.pipeline), str(layout.virtual_pipeline or "-"),
-            str(setting.gpus // (layout.tensor * layout.pipeline)), layout.recompute, str(each.job.row_length),
+            str(number), str(layout.tensor), str(layout.context), str(layout.pipeline),
+            str(layout.virtual_pipeline or "-"), str(replicas(each.job)), layout.recompute, str(each.job.row_length),
             str(time.micro_batches), f"{each.fullest.total / GIB:.1f}", f"{time.total:.2f}",
             f"{time.bubble / time.total:.0%}", f"{time.tokens_per_second:,.0f}", f"{each.utilisation:.1%}",
         )  # fmt: skip
@@ -113,12 +120,17 @@ def show_search(console: Console, setting: Setting, found: Sequence[Prediction])
 def show_rank(console: Console, job: Job, rank: int, stage: Stage) -> None:
     """A dry run of one rank."""
     layout = job.parallel
-    replicas = job.world // (layout.tensor * layout.pipeline)
-    console.print(
-        f"rank {rank} of {job.world}: tensor {rank % layout.tensor} of {layout.tensor}, data "
-        f"{rank // layout.tensor % replicas} of {replicas}, pipeline {rank // (layout.tensor * replicas)} of "
-        f"{layout.pipeline}"
-    )
+    sizes = {
+        "tensor": layout.tensor,
+        "context": layout.context,
+        "data": replicas(job),
+        "pipeline": layout.pipeline,
+    }
+    parts, left = [], rank
+    for name, size in sizes.items():
+        left, place = divmod(left, size)
+        parts.append(f"{name} {place} of {size}")
+    console.print(f"rank {rank} of {job.world}: {', '.join(parts)}")
     for number, chunk in enumerate(stage.chunks):
         console.print(
             f"  chunk {number}: {chunk.layers} layers, {chunk.parameters:,} parameters; forward gives "

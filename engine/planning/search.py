@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from silva.engine.parallel import offload
+
 from silva.engine.config import Parallel
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
@@ -19,12 +21,15 @@ from silva.engine.planning.built import Chunk, Job, Stage
 from silva.engine.planning.isolated import isolated_each
 from silva.engine.planning.meter import Cost
 from silva.engine.planning.predict import Prediction, Setting, build_stages, predict
+from silva.engine.planning.step_time import copies
 
 Recompute = Literal["none", "selective", "full"]
 MOST_CHUNKS = 8  # of an interleaved stage
+# a row's tokens on one process: with fewer, more pipeline stages or data-parallel copies are as good and send less
+FEWEST_TOKENS = 8192
 LARGEST_CLUSTER = 4096  # looked at for the smallest that fits
 
-Way = tuple[int, Recompute, int]  # tensor-parallel size, recomputation, row length
+Way = tuple[int, int, Recompute, int]  # tensor- and context-parallel size, recomputation, row length
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,10 @@ Probes = dict[Way, Probe]
 
 def search(setting: Setting, probes: Probes, top: int) -> list[Prediction]:
     """The fastest layouts that fit, fastest first, at most `top` ways of splitting the model; each built whole."""
-    best: dict[tuple[int, int], Prediction] = {}
+    best: dict[tuple[int, int, int], Prediction] = {}
     for each in sorted(_candidates(setting, probes), key=lambda each: each.time.total):
-        best.setdefault((each.job.parallel.tensor, each.job.parallel.pipeline), each)
+        layout = each.job.parallel
+        best.setdefault((layout.tensor, layout.context, layout.pipeline), each)
     found: list[Prediction] = []
     for candidate in best.values():
         if len(found) == top:
@@ -70,16 +76,17 @@ def smallest_cluster(setting: Setting, probes: Probes) -> int | None:
 # ---------------------------------------------------------------- the space
 
 
-def contexts() -> tuple[int, ...]:
-    """Context-parallel sizes that the engine can build."""
-    return (1,)
+def contexts(setting: Setting) -> list[int]:
+    """Context-parallel sizes: powers of two, while every process has tokens enough of a row."""
+    longest = setting.recipe.data.row_length // FEWEST_TOKENS
+    return [2**n for n in range(max(longest, 1).bit_length())]
 
 
 def layouts(setting: Setting) -> Iterator[Parallel]:
     """Every layout the engine accepts on this many GPUs, tensor parallelism within a node."""
     shape, gpus = setting.shape, setting.gpus
     for tensor in _tensors(setting):
-        for context in contexts():
+        for context in contexts(setting):
             for pipeline in range(1, min(shape.layers, gpus // tensor // context) + 1):
                 if gpus % (tensor * context * pipeline):
                     continue
@@ -87,8 +94,10 @@ def layouts(setting: Setting) -> Iterator[Parallel]:
                 for virtual in chunks:
                     for recompute in get_args(Recompute):
                         layout = _layout(gpus, tensor, pipeline, virtual, context, recompute)
+                        layout = _cut(layout, shape.layers)
                         if _accepted(setting, layout):
                             yield layout
+                            yield layout.model_copy(update={"offload_optimizer": True})
 
 
 def _tensors(setting: Setting) -> list[int]:
@@ -110,6 +119,21 @@ def _layout(
     )
 
 
+def _cut(layout: Parallel, layers: int) -> Parallel:
+    """With `stage_layers` where stages cannot be equal: fewer at the ends, which have the embedding and the head.
+
+    Interleaved stages stay equal: lists of a number for each chunk gain a percent, and nobody wants to read them.
+    """
+    stages = layout.pipeline
+    each, more = divmod(layers, stages)
+    if not more or not each or layout.virtual_pipeline is not None:
+        return layout
+    # the middle ones first, from there outwards
+    order = sorted(range(stages), key=lambda place: (abs(2 * place - stages + 1), place))
+    extra = set(order[:more])
+    return layout.model_copy(update={"stage_layers": [each + (place in extra) for place in range(stages)]})
+
+
 def _accepted(setting: Setting, layout: Parallel) -> bool:
     try:
         gpt.check_layout(setting.shape, layout)
@@ -129,7 +153,7 @@ def _candidates(setting: Setting, probes: Probes) -> Iterator[Prediction]:
     """What fits of all layouts and row lengths."""
     for layout in layouts(setting):
         for row_length in _row_lengths(setting):
-            probe = probes[layout.tensor, layout.recompute, row_length]
+            probe = probes[layout.tensor, layout.context, layout.recompute, row_length]
             job = setting.job(layout, row_length)
             stages = [_compose(probe, job, place) for place in range(layout.pipeline)]
             prediction = predict(setting, job, stages)
@@ -144,20 +168,21 @@ def measure_layers(setting: Setting) -> Probes:
     """Of every way of splitting and recomputing a layer, for any number of GPUs."""
     tensors = [n for n in _tensors(setting) if _accepted(setting, Parallel(tensor=n))]
     ways: list[Way] = [
-        (n, recompute, row)
+        (n, context, recompute, row)
         for n in tensors
+        for context in contexts(setting)
         for recompute in get_args(Recompute)
         for row in _row_lengths(setting)
     ]
     return dict(zip(ways, isolated_each(_probe, [(setting, *way) for way in ways]), strict=True))
 
 
-def _probe(setting: Setting, tensor: int, recompute: Recompute, row_length: int) -> Probe:
+def _probe(setting: Setting, tensor: int, context: int, recompute: Recompute, row_length: int) -> Probe:
     def measured(pipeline: int, place: int, layers: int) -> Stage:
-        layout = _layout(tensor * pipeline, tensor, pipeline, None, 1, recompute)
-        job = setting.job(layout, row_length)
-        job = replace(job, shape=replace(job.shape, layers=layers * pipeline), world=tensor * pipeline)
-        return built.measure(job, place * tensor)
+        world = tensor * context * pipeline
+        job = setting.job(_layout(world, tensor, pipeline, None, context, recompute), row_length)
+        job = replace(job, shape=replace(job.shape, layers=layers * pipeline), world=world)
+        return built.measure(job, place * tensor * context)
 
     only = measured(1, 0, 1)
     stages = [measured(3, place, 1) for place in range(3)]
@@ -171,19 +196,25 @@ def _compose(probe: Probe, job: Job, place: int) -> Stage:
     """A stage of any number of layers."""
     layout = job.parallel
     count = layout.virtual_pipeline or 1
-    layers = job.shape.layers // (layout.pipeline * count)
+    layers = gpt.stage_layers(job.shape, layout)
     chunks = []
     for index in range(count):
         ends = (place == 0 and index == 0, place == layout.pipeline - 1 and index == count - 1)
         base = {(True, True): probe.only, (True, False): probe.first, (False, True): probe.last}
-        chunks.append(_grow(probe, base.get(ends, probe.middle), layers))
+        chunks.append(_grow(probe, base.get(ends, probe.middle), layers[index * layout.pipeline + place]))
     elements = sum(chunk.parameters for chunk in chunks)
     narrow = job.dtype.itemsize == 2  # then gradients and main weights are wider than the model's
-    owned = elements / (job.world // (layout.tensor * layout.pipeline * layout.context))
+    owned = elements / copies(job)
+    state, shape = 12 if narrow else 8, job.shape
+    on_gpu, host = owned, 0.0
+    if layout.offload_optimizer:
+        largest = shape.hidden * max(shape.vocab, 2 * shape.ffn) / layout.tensor
+        on_gpu, host = min(owned, max(offload.PIECE, largest)), owned
     return Stage(
         parameters=elements * job.dtype.itemsize,
         gradients=elements * 4,
-        optimizer=owned * (12 if narrow else 8),
+        optimizer=on_gpu * state,
+        host=host * state,
         buffers=probe.buffers,
         chunks=chunks,
     )

@@ -29,6 +29,7 @@ class StepTime:
     attention: float
     elementwise: float
     tensor_parallel: float
+    context_parallel: float
     pipeline_sends: float
     bubble: float
     gradients_and_weights: float  # reduced and gathered over data-parallel ranks, where nothing hides it
@@ -42,6 +43,7 @@ class StepTime:
         "attention",
         "elementwise",
         "tensor_parallel",
+        "context_parallel",
         "pipeline_sends",
         "bubble",
         "gradients_and_weights",
@@ -72,6 +74,11 @@ def replicas(job: Job) -> int:
     return job.world // (layout.tensor * layout.pipeline * layout.context)
 
 
+def copies(job: Job) -> int:
+    """Processes that hold the same slice of the model and sum its gradients: data and context parallelism."""
+    return replicas(job) * job.parallel.context
+
+
 def micro_batches(job: Job, rows: int) -> int:
     """Rows per replica; interleaved pipelines take them by the number of stages.
 
@@ -93,7 +100,7 @@ def step_time(job: Job, stages: Sequence[Stage], load: Load, gpu: Gpu, assumptio
     slowest = max(range(len(stages)), key=total.__getitem__)
     forward, backward = passes[slowest]
     forwards = 2 if load.extra_forward else 1
-    products, attention, elementwise, tensor_parallel = (
+    products, attention, elementwise, tensor_parallel, context_parallel = (
         count * (forwards * f + b) for f, b in zip(forward, backward, strict=True)
     )
     sends = 0.0
@@ -106,6 +113,7 @@ def step_time(job: Job, stages: Sequence[Stage], load: Load, gpu: Gpu, assumptio
         attention=attention,
         elementwise=elementwise,
         tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
         pipeline_sends=count * sends,
         bubble=(layout.pipeline - 1) / chunks * (sum(total) / len(total) + sends),
         gradients_and_weights=_data_parallel(job, stages[largest], passes[largest], gpu, assumptions),
@@ -119,11 +127,14 @@ def step_time(job: Job, stages: Sequence[Stage], load: Load, gpu: Gpu, assumptio
 def _micro_batch(
     job: Job, stage: Stage, load: Load, gpu: Gpu, assumptions: Assumptions
 ) -> tuple[list[float], list[float]]:
-    """Seconds of (products, attention, elementwise, tensor-parallel), forward and backward."""
+    """Seconds of (products, attention, elementwise, tensor-, context-parallel), forward and backward."""
     shape, tensor = job.shape, job.parallel.tensor
     keys = min(load.depth, shape.window) if shape.window else load.depth
-    area = 4 * shape.heads * shape.head_dim * job.row_length * keys / tensor
-    link = gpu.nvlink if tensor <= gpu.per_node else gpu.network
+    area = 4 * shape.heads * shape.head_dim * job.row_length * keys / (tensor * job.parallel.context)
+    link, context_link = (
+        gpu.nvlink if size <= gpu.per_node else gpu.network
+        for size in (tensor, tensor * job.parallel.context)
+    )
 
     def seconds(cost: Cost) -> list[float]:
         attention = cost.attention / assumptions.attention
@@ -133,6 +144,7 @@ def _micro_batch(
             area * attention / gpu.flops,
             cost.traffic / (gpu.bandwidth * assumptions.memory),
             cost.wire / (link * assumptions.links),
+            cost.context_wire / (context_link * assumptions.links),
         ]
 
     forward, backward = Cost(), Cost()
@@ -145,11 +157,12 @@ def _data_parallel(
     job: Job, stage: Stage, passes: tuple[list[float], list[float]], gpu: Gpu, assumptions: Assumptions
 ) -> float:
     """Seconds of reducing gradients and gathering weights that nothing hides; `passes`: of one micro-batch."""
-    size, layout = replicas(job), job.parallel
+    size, layout = copies(job), job.parallel
     if size == 1:
         return 0.0
-    inner = layout.tensor * layout.context
-    together = max(1, gpu.per_node // inner)  # ranks of one group on a node, which share their adapters
+    together = max(
+        1, gpu.per_node // layout.tensor
+    )  # ranks of one group on a node, which share their adapters
     link = gpu.nvlink if size <= together else min(gpu.nvlink, gpu.network * together)
     ring = (size - 1) / size / (link * assumptions.links)
     reduce, gather = ring * stage.gradients, ring * stage.parameters
@@ -164,9 +177,12 @@ def _data_parallel(
 
 def _optimizer(job: Job, stage: Stage, gpu: Gpu, assumptions: Assumptions) -> float:
     elements = sum(chunk.parameters for chunk in stage.chunks)
-    owned = elements / replicas(job) if job.parallel.distributed_optimizer else elements
+    owned = elements / copies(job) if job.parallel.distributed_optimizer else elements
     # and the gradient buffer is filled with zeros
-    return (OPTIMIZER_BYTES * owned + stage.gradients) / (gpu.bandwidth * assumptions.memory)
+    seconds = (OPTIMIZER_BYTES * owned + stage.gradients) / (gpu.bandwidth * assumptions.memory)
+    if job.parallel.offload_optimizer:  # in, then out
+        seconds += 2 * stage.host / (gpu.host * assumptions.links)
+    return seconds
 
 
 def model_flops(shape: ModelShape, head: str, tokens: float, depth: float) -> float:

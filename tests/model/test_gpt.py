@@ -170,7 +170,7 @@ def test_a_row_without_scored_positions_gives_nothing_and_zero_gradients(tmp_pat
 @pytest.mark.parametrize(
     ("layout", "word"),
     [
-        ({"context": 2}, "parallel.context"),
+        ({"pipeline": 2, "stage_layers": [3, 2]}, "together 5 layers, but the model has 4"),
         ({"pipeline": 3}, "4 layers"),
         ({"pipeline": 2, "virtual_pipeline": 4}, "4 layers"),
         ({"tensor": 3}, "8 attention heads"),

@@ -80,6 +80,38 @@ def test_import_then_export_is_the_identity(kind, size, layout, tmp_path):
     assert hf.read_shape(folder) == hf.read_shape(source)
 
 
+def bytes_read(folder: Path, layout: dict[str, Any]) -> tuple[int, int]:
+    parallel = Parallel(**layout)
+    groups.initialize(parallel)
+    shape = hf.read_shape(folder)
+    return hf.load(gpt.build(shape, parallel, head="lm", dtype=torch.float32), folder, shape)
+
+
+def test_a_process_reads_its_own_part_only(tmp_path):
+    folder = random_models.checkpoint(tmp_path, "llama")
+    whole = sum(t.nbytes for t in tensors(folder).values())
+    assert world(1, bytes_read, folder, {}) == [(whole, whole)]
+    for size, layout in ((2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2})):
+        found = world(size, bytes_read, folder, layout)
+        assert {total for _, total in found} == {whole}
+        # norms are read by every tensor-parallel process
+        assert sum(read for read, _ in found) == pytest.approx(whole, rel=0.01)
+        assert max(read for read, _ in found) < 0.8 * whole
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(kind, tmp_path):
+    folder = random_models.checkpoint(tmp_path, "llama")
+    file = next(f for f in folder.glob("*.safetensors") if "model.norm.weight" in load_file(f))
+    found = load_file(file)
+    found["model.norm.weight"] = found["model.norm.weight"].to(kind)
+    save_file(found, file)
+    with pytest.raises(
+        RuntimeError, match=r"tensor model\.norm\.weight is of type (I8|F8_E4M3); only F64, F32"
+    ):
+        world(1, bytes_read, folder, {})
+
+
 def test_files_stay_below_the_asked_size_and_the_index_counts_them(tmp_path):
     source, folder = random_models.checkpoint(tmp_path / "source", "llama"), tmp_path / "export"
     world(2, load_and_export, source, folder, {"pipeline": 2})

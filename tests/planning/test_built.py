@@ -84,6 +84,9 @@ def storages(found: Any) -> dict[int, int]:
         job(2, tensor=2, sequence_parallel=True),
         job(2, pipeline=2, virtual_pipeline=2),
         job(4, tensor=2, pipeline=2),
+        job(4, tensor=2, context=2),
+        job(2, pipeline=2, stage_layers=[3, 1]),
+        job(2, offload_optimizer=True),
         replace(job(2, pipeline=2), shape=replace(SHAPE, tied=True)),
     ],
     ids=lambda j: (
@@ -93,7 +96,9 @@ def storages(found: Any) -> dict[int, int]:
 def test_bytes_are_those_of_a_real_run(planned):
     for rank, real in enumerate(world(planned.world, allocated, planned)):
         plan = isolated(built.measure, planned, rank)
-        found = plan.parameters, plan.gradients, plan.parameters + plan.gradients + plan.optimizer
+        # what is on the host does not fit into a piece here: all of it is on the GPU while it is updated
+        state = max(plan.optimizer, plan.host)
+        found = plan.parameters, plan.gradients, plan.parameters + plan.gradients + state
         # beside them a run holds rotary frequencies, steps and flags: kilobytes
         assert found == pytest.approx(real, rel=0.01)
 
@@ -113,6 +118,7 @@ CASES = [
     *({"dtype": "bfloat16", "head": "lm", "recompute": each} for each in ("none", "selective", "full")),
     {"dtype": "bfloat16", "head": "reward", "recompute": "none"},
     {"dtype": "float32", "head": "lm", "recompute": "none"},
+    *({"dtype": "bfloat16", "head": "lm", "recompute": each, "context": 2} for each in ("none", "selective")),
 ]
 
 
@@ -127,7 +133,9 @@ def test_activations_are_what_torch_keeps():
     assert child.returncode == 0, child.stderr[-3000:]
     for case, real in zip(CASES, json.loads(child.stdout.splitlines()[-1]), strict=True):
         head: Any = case["head"]
-        planned = job(recompute=case["recompute"], head=head, dtype=getattr(torch, case["dtype"]))
+        context = case.get("context", 1)
+        layout = {"recompute": case["recompute"], "context": context}
+        planned = job(context, head=head, dtype=getattr(torch, case["dtype"]), **layout)
         planned = replace(planned, shape=shape, row_length=64)
         (chunk,) = isolated(built.measure, planned, 0).chunks
         # the planner also counts the lists of attention blocks, which no operation saves
@@ -175,6 +183,24 @@ def test_collectives_are_those_of_sequence_parallelism():
     hidden = planned.row_length * SHAPE.hidden * 2 * 3 / 4  # what a ring over four sends of it
     # a layer gathers twice and scatters twice; the embedding scatters, the head gathers
     assert chunk.forward.wire == pytest.approx((4 * SHAPE.layers + 2) * hidden, rel=1e-3)
+
+
+def test_context_parallelism_divides_the_row_and_gathers_keys_and_values():
+    (whole,) = isolated(built.measure, job(), 0).chunks
+    planned = job(4, context=4)
+    (split,) = isolated(built.measure, planned, 0).chunks
+    # scored positions are dealt with their blocks: each rank has a quarter of the head's work, but for first tokens
+    assert split.forward.flops == pytest.approx(whole.forward.flops / 4, rel=0.01)
+    assert split.forward.wire == 0
+    values = 2 * planned.row_length * SHAPE.kv_heads * SHAPE.head_dim * 2  # keys and values, bfloat16
+    outputs = 2 * 4 * (planned.row_length - built.SEQUENCES)  # the log-probs, summed
+    assert split.forward.context_wire == pytest.approx((SHAPE.layers * values + outputs) * 3 / 4, rel=1e-3)
+    assert split.backward.context_wire == pytest.approx(SHAPE.layers * values * 3 / 4, rel=1e-3)
+    # what is gathered is kept whole, or gathered again
+    (again,) = isolated(built.measure, job(4, context=4, recompute="selective"), 0).chunks
+    assert whole.saved / 4 < split.saved < whole.saved / 2
+    assert again.saved < split.saved - SHAPE.layers * values
+    assert again.backward.context_wire == pytest.approx(2 * split.backward.context_wire, rel=1e-3)
 
 
 # ---------------------------------------------------------------- a rank of a large job

@@ -10,13 +10,13 @@ import pytest
 import shapes as trees
 
 from silva.engine import plan
-from silva.engine.config import load
+from silva.engine.config import Parallel, load
 from silva.engine.data import store, tree
 from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.planning import workload
 from silva.engine.planning.hardware import GIB, Gpu
-from silva.engine.planning.predict import Setting, as_overrides, build_stages
+from silva.engine.planning.predict import Setting, as_overrides, build_stages, predict
 from silva.engine.planning.search import _compose, layouts, measure_layers, search, smallest_cluster
 
 SHAPE = ModelShape(
@@ -24,7 +24,7 @@ SHAPE = ModelShape(
     tied=False, window=None, architecture="llama", max_position=4096,
 )  # fmt: skip
 # two to a node keeps the number of layouts small
-GPU = Gpu("test", flops=1e12, memory=3.42 * GIB, bandwidth=1e11, nvlink=1e10, network=1e9, per_node=2)
+GPU = Gpu("test", flops=1e12, memory=3.42 * GIB, bandwidth=1e11, nvlink=1e10, network=1e9, host=1e9, per_node=2)
 
 
 def values(text: str) -> dict[str, str]:
@@ -148,15 +148,16 @@ def probes(setting):
 
 
 def test_composed_stages_are_the_built_ones(setting, probes):
-    some = [layout for layout in layouts(setting) if layout.pipeline <= 2][::4]
+    some = [layout for layout in layouts(setting) if layout.pipeline <= 2][::5]
     assert {layout.recompute for layout in some} == {"none", "selective", "full"}
     assert {layout.tensor for layout in some} == {1, 2}
     assert any(layout.virtual_pipeline for layout in some)
+    assert {layout.offload_optimizer for layout in some} == {False, True}
     for layout in some:
         job = setting.job(layout)
         for place, real in enumerate(build_stages(job)):
-            composed = _compose(probes[layout.tensor, layout.recompute, 2048], job, place)
-            for name in ("parameters", "gradients", "optimizer"):
+            composed = _compose(probes[layout.tensor, layout.context, layout.recompute, 2048], job, place)
+            for name in ("parameters", "gradients", "optimizer", "host"):
                 assert getattr(composed, name) == pytest.approx(getattr(real, name), rel=0.01), (layout, name)
             for ours, theirs in zip(composed.chunks, real.chunks, strict=True):
                 assert ours.parameters == theirs.parameters
@@ -165,6 +166,22 @@ def test_composed_stages_are_the_built_ones(setting, probes):
                 assert ours.backward.flops == pytest.approx(theirs.backward.flops, rel=1e-6)
                 assert ours.backward.traffic == pytest.approx(theirs.backward.traffic, rel=0.02)
                 assert ours.backward.wire == pytest.approx(theirs.backward.wire, rel=0.02)
+
+
+def test_stages_that_cannot_be_equal_are_cut_with_fewer_layers_at_the_ends(setting):
+    four = {tuple(layout.stage_layers or ()) for layout in layouts(setting) if layout.pipeline == 4}
+    assert four == {(1, 2, 2, 1)}
+    assert not any(layout.stage_layers for layout in layouts(setting) if layout.pipeline == 2)
+    assert not any(layout.stage_layers for layout in layouts(setting) if layout.virtual_pipeline)
+
+
+def test_an_optimizer_on_the_host_makes_room(setting, probes):
+    here = setting.job(Parallel(tensor=1))
+    there = setting.job(Parallel(tensor=1, offload_optimizer=True))
+    for_good = [predict(setting, job, build_stages(job)) for job in (here, there)]
+    assert for_good[1].fullest.total <= for_good[0].fullest.total
+    assert for_good[1].time.optimizer > for_good[0].time.optimizer
+    assert for_good[1].stages[0].host == pytest.approx(for_good[0].stages[0].optimizer, rel=0.01)
 
 
 def test_a_search_finds_layouts_that_fit_fastest_first(setting, probes):

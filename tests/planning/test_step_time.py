@@ -20,7 +20,7 @@ SHAPE = ModelShape(
     tied=False, window=None, architecture="llama", max_position=4096,
 )  # fmt: skip
 # powers of ten, so that the seconds expected below can be read off
-GPU = Gpu("test", flops=1e12, memory=1e9, bandwidth=1e9, nvlink=1e9, network=1e8, per_node=8)
+GPU = Gpu("test", flops=1e12, memory=1e9, bandwidth=1e9, nvlink=1e9, network=1e8, host=1e7, per_node=8)
 EXACT = Assumptions(products=1, attention=1, attention_backward=1, memory=1, links=1, hidden=1)
 LOAD = Load(rows=8, tokens=8000, depth=100)
 
@@ -60,6 +60,28 @@ def test_data_parallel_ranks_share_rows_and_the_optimizer():
     plain = step_time(job(2, distributed_optimizer=False), [stage()], LOAD, GPU, EXACT)
     assert plain.gradients_and_weights == pytest.approx(2 * 4e7 / 2 / 1e9)
     assert step_time(job(2, overlap=True), [stage()], LOAD, GPU, EXACT).gradients_and_weights == 0
+
+
+def test_an_offloaded_optimizer_travels_in_and_out():
+    here = step_time(job(1), [stage()], LOAD, GPU, EXACT)
+    away = replace(stage(), host=1e6)
+    there = step_time(job(1, offload_optimizer=True), [away], LOAD, GPU, EXACT)
+    assert there.optimizer == pytest.approx(here.optimizer + 2 * 1e6 / 1e7)
+
+
+def test_context_parallel_ranks_share_attention_and_the_optimizer():
+    whole = step_time(job(1), [stage()], LOAD, GPU, EXACT)
+    two = stage()
+    (chunk,) = two.chunks
+    two.chunks = [replace(chunk, forward=replace(chunk.forward, context_wire=1e8))]
+    found = step_time(job(2, context=2), [two], LOAD, GPU, EXACT)
+    assert found.micro_batches == whole.micro_batches
+    assert found.attention == whole.attention / 2
+    assert found.context_parallel == pytest.approx(8 * 0.1)
+    assert found.gradients_and_weights == pytest.approx((4e7 + 2e7) / 2 / 1e9)
+    assert found.optimizer == pytest.approx((40 * 1e7 / 2 + 4e7) / 1e9)
+    far = step_time(job(16, tensor=8, context=2), [two], LOAD, GPU, EXACT)
+    assert far.context_parallel == pytest.approx(8 * 0.1 * 10)
 
 
 def test_across_nodes_the_network_is_what_counts():

@@ -1,0 +1,134 @@
+"""The optimizer's state in host memory: main weights and both moments, 12 of a bfloat16 parameter's 18 bytes.
+
+They are used once a step, when no activations are held. `keep_on_host` leaves the GPU the storage of one piece of them
+at a time: a piece is copied in, updated by the same fused kernel as without it, and copied back. Numbers are those of
+the optimizer that keeps everything on the GPU, bit for bit.
+
+Why not the CPU's own AdamW: torchrun gives every process one thread, and a step of it would take longer than the
+24 bytes a parameter that travel here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 26  # elements that are on the GPU at a time, unless a single weight has more; 0.75 GiB of state
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def keep_on_host(optimizer: Any) -> None:
+    """Move the state of megatron-core's optimizer to host memory, for good.
+
+    Args:
+        optimizer: of `get_megatron_optimizer`, over distributed optimizers that run our `FusedAdam`. Weights must be in
+            place: main weights of a bfloat16 model are moved, those of a float32 model are the model's own and stay.
+    """
+    for distributed in optimizer.chained_optimizers:
+        if distributed.optimizer is not None:  # a process may own no slice of any weight
+            _Host(distributed)
+
+
+class _Host:
+    """Host copies of one distributed optimizer's state, and the methods of it that reach for the state."""
+
+    def __init__(self, distributed: Any) -> None:
+        self.distributed, self.adam = distributed, distributed.optimizer
+        self.main: dict[Tensor, Tensor] = {}  # by main weight: its values
+        self.model: dict[Tensor, Tensor] = {}  # by main weight: the bfloat16 weight made from it
+        pairs = zip(distributed.shard_float16_groups, distributed.shard_fp32_from_float16_groups, strict=True)
+        for weights, mains in pairs:
+            for weight, main in zip(weights, mains, strict=True):
+                self.main[main], self.model[main] = _host_copy(main), weight
+                main.untyped_storage().resize_(0)
+        for p in self._parameters():
+            self.adam.state[p] = {name: _host_copy(p, zeros=True) for name in MOMENTS}
+        self.adam.step = self.step
+        self.adam.load_state_dict = self.load_settings
+        distributed._get_main_param_and_optimizer_states = self.state_of
+        distributed._set_main_param_and_optimizer_states = self.set_state_of
+        if self.main:
+            distributed._copy_main_params_to_model_params = lambda: None  # `step` has done it
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.adam.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """An optimizer step, piece by piece."""
+        for group in self.adam.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for piece in pieces([p for p in group["params"] if p.grad is not None]):
+                self._update(group, piece)
+
+    def _update(self, group: dict[str, Any], piece: list[Tensor]) -> None:
+        # All copies and the kernel run on one stream, in order: memory that is freed here is only used again, and host
+        # memory only written again, by what comes after them.
+        moments = []
+        for p in piece:
+            if p in self.main:
+                host = self.main[p]
+                p.untyped_storage().resize_(host.nbytes)
+                p.copy_(host, non_blocking=True)
+            state = self.adam.state[p]
+            moments.append([torch.empty_like(p).copy_(state[name], non_blocking=True) for name in MOMENTS])
+        self.adam.update(group, piece, [m[0] for m in moments], [m[1] for m in moments])
+        for p, found in zip(piece, moments, strict=True):
+            for name, moment in zip(MOMENTS, found, strict=True):
+                self.adam.state[p][name].copy_(moment, non_blocking=True)
+            if p in self.main:
+                self.model[p].copy_(p)
+                self.main[p].copy_(p, non_blocking=True)
+                p.untyped_storage().resize_(0)
+
+    def state_of(self, model_param: Tensor) -> dict[str, Tensor]:
+        """What megatron-core saves of a weight."""
+        settle()
+        p = self._main_of(model_param)
+        return {"param": self.main.get(p, p), **self.adam.state[p]}
+
+    def set_state_of(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        """What it loads."""
+        for name, own in self.state_of(model_param).items():
+            own.data.copy_(tensors[name])
+
+    def _main_of(self, model_param: Tensor) -> Tensor:
+        group, place = self.distributed.model_param_group_index_map[model_param]
+        found: Tensor = self.adam.param_groups[group]["params"][place]
+        return found
+
+    def load_settings(self, state_dict: dict[str, Any]) -> None:
+        """Learning rates, steps and the like; tensors are loaded into the host's by `set_state_of`.
+
+        torch's own method would move them to the device of the weights.
+        """
+        for group, saved in zip(self.adam.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+
+def pieces(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """What of a group is on the GPU together."""
+    piece: list[Tensor] = []
+    for p in parameters:
+        if piece and sum(each.numel() for each in piece) + p.numel() > PIECE:
+            yield piece
+            piece = []
+        piece.append(p)
+    if piece:
+        yield piece
+
+
+def _host_copy(x: Tensor, *, zeros: bool = False) -> Tensor:
+    """Page-locked where there is a GPU, so that copies run beside the host; the planner's stay without memory."""
+    device = "meta" if x.is_meta else "cpu"
+    found = torch.empty(x.shape, dtype=torch.float32, device=device, pin_memory=x.is_cuda)
+    return found.zero_() if zeros else found.copy_(x)
+
+
+def settle() -> None:
+    """Wait for copies to the host: the CPU may read what a step has written only after it."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
