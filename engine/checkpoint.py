@@ -178,7 +178,7 @@ class Saver:
         self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
         self._calls = (
             AsyncCallsQueue()
-        )  # megatron-core's: forks a writer for each call, finishes when all are done
+        )  # megatron-core's: forks a writer, finishes when those of all are done
         self._target = folder  # the checkpoint that is being written
 
     def save(
@@ -271,7 +271,12 @@ def _request(folder: Path, state: dict[str, Any]) -> AsyncRequest:
     library = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options: dict[str, Any] = {"async_strategy": "mcore"} if library else {}
     request: Any = dist_checkpointing.save(
-        state, str(folder), async_sharded_save=True, content_metadata=content, **options
+        state,
+        str(folder),
+        async_sharded_save=True,
+        content_metadata=content,
+        preprocess_common_before_consistancy_check=_equal_on_every_rank,
+        **options,
     )
     if request.async_fn is None:  # nothing to write on this rank
         return request
@@ -279,6 +284,12 @@ def _request(folder: Path, state: dict[str, Any]) -> AsyncRequest:
     return request._replace(
         async_fn=partial(_write, transforms), preload_fn=partial(_staged, request.preload_fn)
     )
+
+
+def _equal_on_every_rank(common: dict[str, Any]) -> dict[str, Any]:
+    """What ranks must agree in: one of them gathers the optimizer's state, and megatron-core would warn of it."""
+    state = {name: value for name, value in common["optimizer"].items() if name != "param_state"}
+    return common | {"optimizer": state}
 
 
 def _staged(preload: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -230,6 +230,14 @@ class Recipe(Section):
     def dump(self) -> str:
         """The resolved recipe as YAML, every key stated: `load` of it gives an equal recipe."""
         return to_yaml(self.model_dump())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be of this model; how it is computed does not matter."""
+        return {
+            "objective": self.objective.model_dump(),
+            "model": self.model.model_dump(exclude={"attention"}),
+        }
 
     def describe(self) -> str:
         """A few lines for the start of a run."""

@@ -39,8 +39,7 @@ def export_checkpoint(recipe: Recipe) -> Path:
         )
         chunks = optimizer.wrap(bare, recipe.parallel)
         state = optimizer.build(chunks, recipe.training, recipe.parallel)
-        same = {"objective": recipe.objective.model_dump(), "model": recipe.model.model_dump()}
-        checkpoint.load(saved[-1], chunks, state, same)
+        checkpoint.load(saved[-1], chunks, state, recipe.identity)
         return export_model(chunks, recipe, folder, load_tokenizer(recipe, folder))
     finally:
         groups.shutdown()

@@ -465,12 +465,11 @@ class Trainer:
         """What a checkpoint must agree with for its continuation to be the same run."""
         recipe = self.recipe
         return {
-            "objective": recipe.objective.model_dump(),
+            **recipe.identity,
             "data": self.data.fingerprint,
             "global_batch": recipe.training.global_batch,
             "steps": self.steps,
             "seed": recipe.seed,
-            "model": recipe.model.model_dump(exclude={"attention"}),
         }
 
     def save(self, step: int) -> None:

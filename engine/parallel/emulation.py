@@ -7,22 +7,28 @@ name                                   why
 =====================================  ==================================================================
 torch.cuda.current_device              parameters, buffers and received tensors are allocated on it
 torch.cuda.synchronize                 called after batched point-to-point works and before checkpoints
-torch.cuda.{get,set}_rng_state,        the tensor-parallel random tracker and recomputation keep and
-manual_seed; two private names of      restore generator states; here they are the CPU generator's
-megatron's tensor_parallel.random
-Tensor.cuda                            moves to the GPU what already is where it has to be
-Tensor.type()                          optimizer groups are formed by names such as torch.cuda.FloatTensor
-torch.{zeros, empty, ...}              called with device="cuda" for norms, scales and flags
-torch.distributed.isend                megatron-core empties the `.data` of a tensor whose send is in flight;
-                                       gloo holds that very tensor, so it is given an alias that keeps the
+torch.cuda.get_rng_state, manual_seed; the tensor-parallel random tracker and recomputation keep and
+_get_cuda_rng_state and                restore generator states; here they are the CPU generator's
+_set_cuda_rng_state of megatron's
+tensor_parallel.random
+Tensor.cuda                            a tied embedding's second copy is moved to the GPU, and already is
+                                       where it has to be
+Tensor.type()                          the optimizer tells half from full precision by names such as
+                                       torch.cuda.FloatTensor, and clipping asserts them
+torch.tensor, torch.zeros              called with device="cuda" for scales, norms and flags
+torch.distributed.isend, also in       megatron-core empties the `.data` of a tensor whose send is in flight;
+distributed_c10d                       gloo holds that very tensor, so it is given an alias that keeps the
                                        storage (interleaved pipelines were wrong in every run without it)
-the coalescing manager of              gloo's asynchronous *coalesced* all-gather corrupts the heap about once
-megatron's param_and_grad_buffer       in 400 overlapped runs; single asynchronous works do not
-megatron.core.jit                      torch.compile on the CPU costs two seconds a process and gains nothing
+_coalescing_manager,                   gloo's asynchronous *coalesced* all-gather corrupts the heap about once
+dist_all_gather_func and               in 400 overlapped runs; single asynchronous works do not
+dist_reduce_scatter_func of megatron's
+param_and_grad_buffer
+jit_fuser of megatron.core.jit, which  torch.compile on the CPU costs two seconds a process and gains nothing
+takes it from torch.compile
 =====================================  ==================================================================
 
 With a GPU present nothing is touched. Streams, events and memory statistics are never called on this path and
-are not emulated.
+are not emulated. `tests/distributed/test_emulation.py` holds this table to the megatron-core that is installed.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ import torch.distributed as dist
 from torch.utils import _device
 
 CPU = torch.device("cpu")
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
+FACTORIES = ("tensor", "zeros")
 TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     # The exactness tests train in float64. megatron-core knows no double: as a FloatTensor such a parameter
@@ -109,8 +115,7 @@ def _manual_seed(seed: int) -> None:
 
 def _emulate_random_states() -> None:
     cuda: Any = torch.cuda
-    for module in (cuda, cuda.random):
-        module.get_rng_state, module.set_rng_state = _get_rng_state, _set_rng_state
+    cuda.get_rng_state = _get_rng_state
     # torch.manual_seed itself calls torch.cuda.manual_seed_all, never manual_seed: no recursion
     cuda.manual_seed = _manual_seed
 

@@ -18,6 +18,7 @@ from silva.engine.config import Parallel
 from silva.engine.data import packing
 from silva.engine.data.chat import TokenSequence
 from silva.engine.data.group import ABSENT, TokenGroup
+from silva.engine.data.row_share import share_of
 from silva.engine.data.tree import Tree, merge
 from silva.engine.model import gpt, hf
 
@@ -118,11 +119,18 @@ def build(
     return chunks, shape
 
 
+def forward(chunk: nn.Module, row: packing.TreeBatch) -> Tensor:
+    """`gpt.forward`, with context parallelism over this process's share of the row."""
+    rank, ranks = groups.context_rank(), groups.context_size()
+    share = share_of(row, rank, ranks, window=gpt.window_of(chunk)) if ranks > 1 else None
+    return gpt.forward(chunk, row, share)
+
+
 @torch.no_grad()
 def outputs(
     chunks: Sequence[nn.Module],
     inputs: Sequence[Any],
-    run: Callable[[nn.Module, Any], Tensor] = gpt.forward,
+    run: Callable[[nn.Module, Any], Tensor] = forward,
 ) -> list[np.ndarray]:
     """`run(chunk, input)` through megatron-core's schedule; empty before the last stage."""
 

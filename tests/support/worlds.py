@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import os
 import shutil
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# imported once, before the ranks are forked; pyarrow imports pandas only when it makes its first array
+import pandas  # noqa: F401
 import torch
 import torch.distributed as dist
 
-import silva.engine.trainer  # noqa: F401  imported once, before the ranks are forked
+import silva.engine.trainer  # noqa: F401
 
 
 def world(size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
@@ -76,6 +79,7 @@ def _rank(
     connection: Connection,
     timeout: float,
 ) -> None:
+    gc.freeze()  # megatron-core collects garbage when it saves: not that of the parent, half a million objects
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     try:
@@ -86,6 +90,7 @@ def _rank(
             world_size=size,
             timeout=datetime.timedelta(seconds=timeout),
         )
+        dist.barrier()  # work that ends the world at once would cut off a rank that is still connecting
         result = work(*arguments)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early would cut off the others

@@ -1,0 +1,85 @@
+"""One process's runs, which every layout is compared with: each is made once, when a test first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from worlds import world
+
+from silva.engine import trainer
+from silva.engine.config import Recipe
+
+KINDS: dict[str, dict[str, Any]] = {"untied": {}, "tied": {"tie_word_embeddings": True}}
+
+
+@dataclass
+class Run:
+    """What is left of a run."""
+
+    output: Path
+    divergence: list[float]  # KTO's KL estimate of each step
+
+
+class Runs:
+    """Recipes over the same models and trees, and the runs of one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # an odd vocabulary: every tensor-parallel layout pads it
+        self.models = {
+            kind: tiny.checkpoint(folder / kind, num_hidden_layers=4, vocab_size=1025, **changes)
+            for kind, changes in KINDS.items()
+        }
+        self.data = {
+            form: tiny.write(folder / f"{form}.jsonl", tiny.rows(form, 9)) for form in ("sft", "pair")
+        }
+        self._single: dict[tuple[str, str, str], Run] = {}
+
+    def recipe(self, objective: str, output: Path, *, kind: str = "untied", **sections: Any) -> Recipe:
+        rows = self.data["sft" if objective == "sft" else "pair"]
+        # tokenized once: what is read does not depend on the layout
+        sections["data"] = {"cache": str(self.folder / "cache")} | sections.get("data", {})
+        return tiny.recipe(objective, self.models[kind], rows, output, **sections)
+
+    def single(self, objective: str, *, kind: str = "untied", dtype: str = "float32") -> Run:
+        key = objective, kind, dtype
+        if key not in self._single:
+            recipe = self.recipe(objective, self.folder / "-".join(key), kind=kind, model={"dtype": dtype})
+            self._single[key] = run(1, recipe)
+        return self._single[key]
+
+
+def run(size: int, recipe: Recipe) -> Run:
+    """A whole run on `size` processes, which must agree in what they estimate."""
+    first, *others = world(size, _train, recipe)
+    assert all(other == first for other in others)
+    return Run(Path(recipe.output), first)
+
+
+def _train(recipe: Recipe) -> list[float]:
+    found: list[float] = []
+    own = trainer.Trainer._divergence
+
+    def recorded(self: trainer.Trainer, *arguments: Any) -> Any:
+        estimate = own(self, *arguments)
+        found.append(float(estimate))
+        return estimate
+
+    trainer.Trainer._divergence = recorded  # type: ignore[method-assign]  # this process ends with the world
+    trainer.train(recipe)
+    return found
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def run_on() -> Callable[[int, Recipe], Run]:
+    return run
