@@ -2,7 +2,7 @@
 
 Registers, spills, shared memory and matrix instructions tell ahead of time what a kernel cannot be: fast with spills,
 or at all where a tile does not fit. Ends with 1 where an sm_90 binary spills, where one that should multiply on the
-tensor cores does not, or where a build fails.
+tensor cores does not (those of 16-bit types by HGMMA, Hopper's own), or where a build fails.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STRICT = "sm_90"  # the architecture whose shipped tiles may not spill
 # (registers, shared memory in bytes) of a multiprocessor; each block's shared memory has 1 KiB beside what it asks for
 RESOURCES = {"sm_80": (65536, 164 << 10), "sm_90": (65536, 228 << 10), "sm_100": (65536, 228 << 10)}
 RESERVED = 1024
-COLUMNS = ("registers", "spill_loads", "spill_stores", "shared", "blocks", "matrix", "copies")
+COLUMNS = ("registers", "spill_loads", "spill_stores", "shared", "blocks", "hgmma", "matrix", "copies")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,9 +74,10 @@ def _judge(build: Build, target: str, found: dict[str, Any], totals: dict[str, i
         totals["spilling"] += 1
         if target == STRICT:
             faults.append("spills")
-    if build.products and not found["matrix"]:
+    needed = "hgmma" if target == STRICT and build.products == "hgmma" else "matrix"  # which counts both
+    if build.products and not found[needed]:
         totals["without_products"] += 1
-        faults.append("no tensor-core products")
+        faults.append("no HGMMA" if needed == "hgmma" else "no tensor-core products")
     if found["blocks"] == 0:
         faults.append("does not fit")
     return ", ".join(faults)
@@ -152,6 +153,7 @@ def _read_cubin(binary: bytes, shared: int) -> dict[str, Any]:
         "spill_loads": len(re.findall(r"\bLDL\b", code)),
         "spill_stores": len(re.findall(r"\bSTL\b", code)),
         "shared": shared,
+        "hgmma": len(re.findall(r"\bHGMMA\b", code)),
         "matrix": len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b", code)),
         "copies": len(re.findall(r"\b(?:UTMALDG|LDGSTS)\b", code)),
     }

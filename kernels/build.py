@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Build(NamedTuple):
@@ -17,4 +17,5 @@ class Build(NamedTuple):
     aligned: tuple[str, ...] = ()  # pointers and integers the launcher guarantees to be divisible by 16
     warps: int = 4
     stages: int = 2
-    products: bool = False  # whether it must contain tensor-core products (HGMMA on sm_90, HMMA on sm_80)
+    # tensor-core products it must contain: none, of any kind, or on sm_90 Hopper's own, which alone reach its full rate
+    products: Literal["", "any", "hgmma"] = ""

@@ -52,7 +52,7 @@ def _norm_kernel(
     tl.store(out_ptr + row * columns + o_column, (normal * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _norm_backward_kernel(
     # pointers
     grad_ptr,
@@ -109,7 +109,7 @@ def _rotary_kernel(
     mask = (o_head < heads) & (o_pair < HALF)
     cos = tl.load(cos_ptr + token * HALF + o_pair, mask=o_pair < HALF, other=0.0)
     sin = SIGN * tl.load(sin_ptr + token * HALF + o_pair, mask=o_pair < HALF, other=0.0)
-    pair_ptr = x_ptr + token * token_stride + o_head * head_stride + o_pair
+    pair_ptr = x_ptr + token * token_stride + o_head.to(tl.int64) * head_stride + o_pair
     first = tl.load(pair_ptr, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(pair_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
     turned_ptr = out_ptr + (token * heads + o_head) * (2 * HALF) + o_pair
@@ -224,7 +224,8 @@ class _Norm(torch.autograd.Function):
         out, scale = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
         block, warps = _norm_options(columns)
         if rows:
-            _norm_kernel[(rows,)](x, weight, out, scale, columns, epsilon, BLOCK=block, num_warps=warps)
+            with torch.cuda.device_of(x):
+                _norm_kernel[(rows,)](x, weight, out, scale, columns, epsilon, BLOCK=block, num_warps=warps)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -237,9 +238,9 @@ class _Norm(torch.autograd.Function):
         block, warps = _norm_options(columns)
         grad_x = torch.empty_like(x)
         partial = x.new_empty(min(rows, NORM_PROGRAMS), columns, dtype=torch.float32)
-        _norm_backward_kernel[(partial.shape[0],)](
-            grad.contiguous(), x, weight, scale, grad_x, partial, rows, columns, BLOCK=block, num_warps=warps
-        )
+        numbers = (*(grad.contiguous(), x, weight, scale, grad_x, partial), rows, columns)
+        with torch.cuda.device_of(x):
+            _norm_backward_kernel[(partial.shape[0],)](*numbers, BLOCK=block, num_warps=warps)
         return grad_x, partial.sum(0).to(weight.dtype), None
 
 
@@ -248,14 +249,15 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     x = x if x.stride(2) == 1 else x.contiguous()
     out = x.new_empty(tokens, heads, size)
     if out.numel():
-        _rotary_kernel[(tokens,)](
-            *(x, cos, sin, out, x.stride(0), x.stride(1), heads),
-            SIGN=sign,
-            HALF=size // 2,
-            PAIRS=triton.next_power_of_2(size // 2),
-            HEADS=triton.next_power_of_2(heads),
-            num_warps=4,
-        )
+        with torch.cuda.device_of(x):
+            _rotary_kernel[(tokens,)](
+                *(x, cos, sin, out, x.stride(0), x.stride(1), heads),
+                SIGN=sign,
+                HALF=size // 2,
+                PAIRS=triton.next_power_of_2(size // 2),
+                HEADS=triton.next_power_of_2(heads),
+                num_warps=4,
+            )
     return out
 
 
@@ -301,7 +303,8 @@ def _launch_swiglu(kernel: Any, half: Tensor, *tensors: Tensor) -> None:
     columns = half.shape[-1]
     if half.numel():
         grid = (half.numel() // columns, triton.cdiv(columns, COLUMN_BLOCK))
-        kernel[grid](*tensors, columns, BLOCK=COLUMN_BLOCK, num_warps=4)
+        with torch.cuda.device_of(half):
+            kernel[grid](*tensors, columns, BLOCK=COLUMN_BLOCK, num_warps=4)
 
 
 # ---------------------------------------------------------------- the operations

@@ -41,7 +41,11 @@ class LogProb(NamedTuple):
 # ---------------------------------------------------------------- kernels: one tile of logits
 
 
-@jit
+# Numbers of positions are slices that begin anywhere: what they are aligned to is no reason to compile again.
+@jit(
+    do_not_specialize=["first_column"],
+    do_not_specialize_on_alignment=["target_ptr", "highest_ptr", "total_ptr", "chosen_ptr", "weighted_ptr"],
+)
 def _reduce_kernel(
     # pointers
     logits_ptr,
@@ -89,7 +93,10 @@ def _reduce_kernel(
         tl.store(chosen_ptr + i, tl.load(row_ptr + target) * scale)
 
 
-@jit
+@jit(
+    do_not_specialize=["first_column"],
+    do_not_specialize_on_alignment=["target_ptr", "normaliser_ptr", "coefficient_ptr"],
+)
 def _slope_kernel(
     # pointers
     logits_ptr,
@@ -182,9 +189,10 @@ def _reduce(tile: Tensor, running: _Running, target: Tensor, first: int, scale: 
     entropy = running.weighted.numel() > 0
     if runs_kernels(tile):
         shapes = (tile.shape[1], tile.stride(0), first, scale)
-        _reduce_kernel[(tile.shape[0],)](
-            tile, target, *running, *shapes, ENTROPY=entropy, BLOCK=COLUMN_BLOCK, num_warps=4
-        )
+        with torch.cuda.device_of(tile):
+            _reduce_kernel[(tile.shape[0],)](
+                tile, target, *running, *shapes, ENTROPY=entropy, BLOCK=COLUMN_BLOCK, num_warps=4
+            )
         return
     if not tile.shape[1]:
         return
@@ -214,9 +222,10 @@ def _slope(
     if runs_kernels(tile):
         grid = (tile.shape[0], triton.cdiv(tile.shape[1], COLUMN_BLOCK))
         shapes = (tile.shape[1], tile.stride(0), first, scale)
-        _slope_kernel[grid](
-            tile, out, target, normaliser, coefficient, *shapes, BLOCK=COLUMN_BLOCK, num_warps=4
-        )
+        with torch.cuda.device_of(tile):
+            _slope_kernel[grid](
+                tile, out, target, normaliser, coefficient, *shapes, BLOCK=COLUMN_BLOCK, num_warps=4
+            )
         return
     if not tile.shape[1]:
         return

@@ -73,13 +73,14 @@ class PreferenceLoss(NamedTuple):
 
 @jit
 def _sum_spans(values_ptr, span_start_ptr, span_ptr, span, span_end, BLOCK: tl.constexpr):
-    """Per span the sum of its positions' values."""
+    """Per span the sum of its positions' values, in float64 as in `reference.sequence_sums`: a sum in float32 is off by
+    more than its last digit, and the reference's log-probs, which are subtracted, are not."""
     for u in range(span, span_end):
         end = tl.load(span_start_ptr + u + 1)
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float64)
         for start in range(tl.load(span_start_ptr + u), end, BLOCK):
             o_position = start + tl.arange(0, BLOCK)
-            total += tl.load(values_ptr + o_position, mask=o_position < end, other=0.0)
+            total += tl.load(values_ptr + o_position, mask=o_position < end, other=0.0).to(tl.float64)
         tl.store(span_ptr + u, tl.sum(total, 0))
 
 
@@ -94,13 +95,13 @@ def _sum_sequences(
         mask = o_sequence < sequence_end
         entry = tl.load(span_pointer_ptr + o_sequence, mask=mask, other=0)
         count = tl.load(span_pointer_ptr + o_sequence + 1, mask=mask, other=0) - entry
-        total = tl.zeros((LANES,), tl.float32)
+        total = tl.zeros((LANES,), tl.float64)
         for k in range(tl.max(count, 0)):
             m_entry = k < count
             u = tl.load(span_index_ptr + entry + k, mask=m_entry, other=0)
             total += tl.load(span_ptr + u, mask=m_entry, other=0.0)
-        tl.store(sequence_ptr + o_sequence, total, mask=mask)
-        all_ += total.to(tl.float64)
+        tl.store(sequence_ptr + o_sequence, total.to(tl.float32), mask=mask)
+        all_ += total
     return all_
 
 
@@ -175,7 +176,7 @@ def _add_trees(partial_ptr, sums_ptr, loss_ptr, trees, LANES: tl.constexpr):
 # ---------------------------------------------------------------- the kernel
 
 
-@jit
+@jit(do_not_specialize=["trees"])
 def _preference_kernel(
     # inputs
     values_ptr,
@@ -322,9 +323,10 @@ def _preference_kernel(
 
 def aot_builds(capability: int) -> list[Build]:
     """One compilation per objective."""
-    numbers = ("loss", "rewards", "coefficient", "span", "sequence", "side", "entry")
+    numbers = ("loss", "rewards", "coefficient", "sequence", "side", "entry")
     floats = {f"{name}_ptr": "*fp32" for name in ("values", "reference", "divergence", *numbers)}
-    floats |= {"sums_ptr": "*fp64", "partial_ptr": "*fp64", "beta": "fp32", "first": "fp32", "second": "fp32"}
+    floats |= {f"{name}_ptr": "*fp64" for name in ("sums", "span", "partial")}
+    floats |= {"beta": "fp32", "first": "fp32", "second": "fp32"}
     builds = []
     for objective in OBJECTIVES:
         constants = _constants(objective, ipo_average=True)
@@ -382,26 +384,28 @@ def _launch(
         found.loss.zero_()
         found.sums.zero_()
         return found
-    sizes = [
-        structure.span_start.shape[0] - 1,
-        structure.span_pointer.shape[0] - 1,
-        sides,
-        structure.span_index.shape[0],
-    ]
-    scratch = values.new_empty(sum(sizes)).split(sizes)
-    partial = values.new_empty(8 * trees, dtype=torch.float64)
     s = structure
-    _preference_kernel[(trees,)](
-        *(values, reference, divergence),
-        *(s.span_start, s.span_pointer, s.span_index, s.comparisons, s.tree_start, s.scored, s.absolute),
-        *found,
-        *(*scratch, partial, _counter(values.device)),
-        trees,
-        *numbers,
-        **constants,
-        num_warps=4,
-    )
+    span, partial = _scratch(values, torch.float64, s.span_start.shape[0] - 1, 8 * trees)
+    narrow = _scratch(values, torch.float32, s.span_pointer.shape[0] - 1, sides, s.span_index.shape[0])
+    with torch.cuda.device_of(values):
+        _preference_kernel[(trees,)](
+            *(values, reference, divergence),
+            *(s.span_start, s.span_pointer, s.span_index, s.comparisons, s.tree_start, s.scored, s.absolute),
+            *found,
+            *(span, *narrow, partial, _counter(values.device)),
+            trees,
+            *numbers,
+            **constants,
+            num_warps=4,
+        )
     return found
+
+
+def _scratch(like: Tensor, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:
+    """Parts of one allocation. Each begins at 16 bytes' multiples, whatever the sizes: a pointer's alignment is part of
+    what Triton compiles a kernel for, which would else be compiled again and again as rows change."""
+    rounded = [-(-size // 4) * 4 for size in sizes]
+    return like.new_empty(sum(rounded), dtype=dtype).split(rounded)
 
 
 class _PreferenceLoss(torch.autograd.Function):
@@ -467,9 +471,9 @@ def preference_loss(
     return PreferenceLoss(
         *_PreferenceLoss.apply(
             values,
-            structure,
-            values if reference_logprob is None else reference_logprob,
-            values if kl is None else kl,
+            Structure(*(x.contiguous() for x in structure)),
+            values if reference_logprob is None else reference_logprob.detach().float().contiguous(),
+            values if kl is None else kl.detach().float(),
             (beta, first, second),
             _constants(objective, ipo_average=ipo_average),
         )

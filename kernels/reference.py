@@ -13,16 +13,30 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 QUERY_BLOCK = 256  # rows per block: the mask of a block is at most 256 x S, however long the row is
+# (query, key) pairs up to which autograd may keep the masks of all blocks, as float32, for every layer: 32 MiB
+LARGEST_KEPT = 1 << 23
 
 
 class QueryBlock(NamedTuple):
-    """A run of query rows and what they see."""
+    """A run of query rows and what they see. The mask is made where it is used: kept, it would be half S x S."""
 
     rows: slice
     keys: slice | Tensor  # the keys that at least one of the rows sees
-    visible: Tensor  # (rows, keys) bool
+    row: Tensor  # (rows,) int, the row of each query among the keys
+    key: Tensor  # (keys,) int, the same of each key
+    end: Tensor  # (keys,) int, where its subtree ends
+    window: int | None
+    depth: tuple[Tensor, Tensor] | None  # of the rows and of the keys; only with a window
+
+    def visible(self) -> Tensor:
+        """(rows, keys) bool."""
+        seen = (self.key[None] <= self.row[:, None]) & (self.row[:, None] < self.end[None])
+        if self.window is not None and self.depth is not None:
+            seen &= self.depth[0][:, None] - self.depth[1][None] < self.window
+        return seen
 
 
 def query_blocks(
@@ -43,17 +57,17 @@ def query_blocks(
     if window is not None and position is None:
         raise ValueError("tree_attention: a sliding window needs `position`")
     rows = torch.arange(subtree_end.shape[0], device=subtree_end.device)
-    queries = rows if query_index is None else query_index
+    queries = rows if query_index is None else query_index.long()
     blocks = []
     for start in range(0, queries.shape[0], QUERY_BLOCK):
         i = queries[start : start + QUERY_BLOCK]
         j = rows[(rows <= i.max()) & (subtree_end > i.min())]
-        visible = (j[None] <= i[:, None]) & (i[:, None] < subtree_end[j][None])
-        if window is not None and position is not None:
-            visible &= position[i][:, None] - position[j][None] < window
+        j = j if len(j) else rows[:1]  # masked for all of them, as attention to no key at all is not defined
         first, last = int(j[0]), int(j[-1])
         keys = slice(first, last + 1) if last - first + 1 == len(j) else j  # a slice is not copied
-        blocks.append(QueryBlock(slice(start, start + len(i)), keys, visible))
+        depth = None if window is None or position is None else (position[i], position[keys])
+        part = slice(start, start + len(i))
+        blocks.append(QueryBlock(part, keys, i, rows[keys], subtree_end[keys], window, depth))
     return blocks
 
 
@@ -71,6 +85,9 @@ def tree_attention(
 ) -> Tensor:
     """Attention of every token to its ancestors: token i sees j iff `j <= i < subtree_end[j]`.
 
+    Memory grows with S, not with its square: of long rows each block is computed again in the backward pass, since
+    torch's attention keeps its mask until then.
+
     Args:
         q: (S_q, H_q, D); k, v: (S, H_kv, D) with H_q a multiple of H_kv.
         subtree_end: (S,) int, one past the last token of the subtree under each token.
@@ -81,25 +98,35 @@ def tree_attention(
         blocks: of `query_blocks` with the same arguments, if they are at hand.
 
     Returns:
-        (S_q, H_q, D) in the dtype of `q`.
+        (S_q, H_q, D) in the dtype of `q`; zero for a query that sees no key.
 
     Raises:
         ValueError: a window without positions.
     """
     if blocks is None:
         blocks = query_blocks(subtree_end, position=position, window=window, query_index=query_index)
-    parts = []
-    for rows, keys, visible in blocks:
-        out = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None],
-            k[keys].transpose(0, 1)[None],
-            v[keys].transpose(0, 1)[None],
-            attn_mask=visible[None, None],
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts) if parts else torch.zeros_like(q)
+    pairs = sum(len(block.row) * len(block.key) for block in blocks)
+    if pairs > LARGEST_KEPT and torch.is_grad_enabled():
+        parts = [
+            checkpoint(_attend, q, k, v, block, scale, use_reentrant=False, preserve_rng_state=False)
+            for block in blocks
+        ]
+    else:
+        parts = [_attend(q, k, v, block, scale) for block in blocks]
+    return torch.cat(parts) if parts else q.clone()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, scale: float | None) -> Tensor:
+    """(rows, H_q, D): what the queries of one block get."""
+    out = F.scaled_dot_product_attention(
+        q[block.rows].transpose(0, 1)[None],
+        k[block.keys].transpose(0, 1)[None],
+        v[block.keys].transpose(0, 1)[None],
+        attn_mask=block.visible()[None, None],
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

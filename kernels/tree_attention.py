@@ -12,7 +12,7 @@ tile's accumulators do not fit into registers.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ Blocks = TreeBlocks | list[QueryBlock]
 
 LOG2_E = math.log2(math.e)
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256
+# elements: of strides below this, offsets within a tile of 128 rows fit into 32 bits; the tile's own is in 64
+LARGEST_STRIDE = 1 << 24
 
 
 def attention_blocks(
@@ -81,8 +83,8 @@ def tree_attention(
     Differentiable in q, k and v; the gradients are the same bits every time.
 
     Args:
-        q: (S_q, H, D); k, v: (S, H_kv, D), of one dtype, with H a multiple of H_kv. With contiguous heads any strides
-            of 16 bytes' multiples are read as they are; anything else is copied.
+        q: (S_q, H, D); k, v: (S, H_kv, D), of one dtype, with H a multiple of H_kv. With contiguous heads
+            strides of 16 bytes' multiples below `LARGEST_STRIDE` are read as they are; anything else is copied.
         subtree_end: (S,) int, one past the last token of the subtree under each token.
         scale: softmax scale, above 0, default `D ** -0.5`.
         position: (S,) int, depth of each token in its tree; needed with `window`.
@@ -95,9 +97,13 @@ def tree_attention(
         (S_q, H, D) in the dtype of `q`; zero for a query that sees no key.
 
     Raises:
-        ValueError: a window without positions, or blocks that were built for other shapes.
+        ValueError: shapes or dtypes that do not belong together, a window without positions, or blocks that were
+            built for other shapes.
     """
+    _check_shapes(q, k, v, subtree_end)
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if scale <= 0:
+        raise ValueError(f"tree_attention: the scale is {scale}, which must be above 0")
     if blocks is None:
         blocks = attention_blocks(
             subtree_end,
@@ -108,9 +114,33 @@ def tree_attention(
             window=window,
             query_index=query_index,
         )
+    queries, keys = _extent(blocks, subtree_end)
+    if (queries, keys) != (q.shape[0], k.shape[0]):
+        raise ValueError(
+            f"tree_attention: {q.shape[0]} queries and {k.shape[0]} keys, but the mask is of {queries} and {keys}"
+        )
     if isinstance(blocks, list):
         return reference.tree_attention(q, k, v, subtree_end, scale=scale, blocks=blocks)
     return _TreeAttention.apply(q, k, v, blocks, scale)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
+    """The kernels trust these: a row too short would be read beyond its end."""
+    fit = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    fit = fit and q.shape[1] % k.shape[1] == 0 and subtree_end.shape == k.shape[:1]
+    if not fit or not q.dtype == k.dtype == v.dtype:
+        given = ", ".join(
+            f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in (q, k, v, subtree_end)
+        )
+        raise ValueError(f"tree_attention: q, k, v and subtree_end do not fit together: {given}")
+
+
+def _extent(blocks: Blocks, subtree_end: Tensor) -> tuple[int, int]:
+    """How many query rows and keys the blocks are of; on the CPU they know only the former."""
+    if isinstance(blocks, list):
+        return blocks[-1].rows.stop if blocks else 0, len(subtree_end)
+    keys = len(blocks.subtree_end)
+    return keys if blocks.query_index is None else len(blocks.query_index), keys
 
 
 def _kernels_take(x: Tensor, size: int, dtype: torch.dtype) -> bool:
@@ -231,9 +261,8 @@ def _backward(
 def _readable(x: Tensor) -> Tensor:
     """`x`, or a copy where the copy engine could not read it in place."""
     *steps, last = (stride * x.itemsize for stride in x.stride())
-    in_place = (
-        last == x.itemsize and all(step and step % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
-    )
+    in_place = last == x.itemsize and x.data_ptr() % 16 == 0
+    in_place = in_place and all(0 < step < LARGEST_STRIDE * x.itemsize and step % 16 == 0 for step in steps)
     return x if in_place else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -251,11 +280,20 @@ def aot_builds(capability: int) -> list[Build]:
     for size, group in [(128, 4), (128, 1), (128, 8), (128, 2), (64, 4), (64, 1), (96, 1), (256, 2)]:
         builds += _builds(Problem(architecture, 1 << (size - 1).bit_length(), "bfloat16", group), size)
     main = Problem(architecture, 128, "bfloat16", 4)
-    builds += _builds(main, 128, window=True) + _builds(main, 128, window=True, index=True)
+    for window, index in [(True, False), (False, True), (True, True)]:
+        builds += _builds(main, 128, window=window, index=index)
     builds += _builds(main._replace(dtype="float16"), 128)
     if capability:  # elsewhere float32 products are chosen by the GPU at hand
-        builds += _builds(main._replace(dtype="float32"), 128)
+        for columns in (64, 128):  # with 256 they spill, whatever the tile
+            builds += _builds(main._replace(dtype="float32", columns=columns), columns)
     return builds
+
+
+def _products(what: Problem, field: str) -> Literal["any", "hgmma"]:
+    """Which tensor-core products a kernel must have: Hopper's take no transposed operands of 32 bits, and at least 64
+    rows, with which a key gradient of 256 columns spills in every form tried."""
+    without = what.dtype == "float32" or (field == "key_gradient" and what.columns == 256)
+    return "any" if without else "hgmma"
 
 
 def _builds(what: Problem, size: int, *, window: bool = False, index: bool = False) -> list[Build]:
@@ -297,7 +335,7 @@ def _builds(what: Problem, size: int, *, window: bool = False, index: bool = Fal
                 aligned=(*strides, *(name for name in names if signature[name].startswith("*"))),
                 warps=tile.warps,
                 stages=tile.stages,
-                products=True,
+                products=_products(what, field),
             )
         )
     return builds

@@ -61,7 +61,7 @@ def resident_tile(
 ):  # fmt: skip
     """Of (S, heads, D), tokens from `token` on and heads from `head` on -> (ROWS, D_BLOCK), heads innermost."""
     o_row, o_column = tl.arange(0, ROWS), tl.arange(0, D_BLOCK)
-    ptr += token.to(tl.int64) * stride_token + head * stride_head
+    ptr += token.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
     ptr += o_row[:, None] // PACK * stride_token + o_row[:, None] % PACK * stride_head + o_column[None, :]
     return tl.load(ptr, mask=tile_mask(token + o_row // PACK < S, o_column, D, D_BLOCK), other=0.0)
 

@@ -1,8 +1,8 @@
 """Tile shapes of the tree attention kernels: the shipped table, and what tuning found on this machine.
 
-The table holds shapes whose sm_90 binaries spill no register under Triton 3.6 and 3.9; `silva.kernels.aot` checks it.
-Nothing is timed unasked: `benchmarks/bench_tree_attention.py --tune` does, and keeps the best tiles in a file that
-every later process reads.
+The table holds shapes whose sm_90 binaries spill no register under Triton 3.6 and 3.9 (float32 with 256 columns does);
+`silva.kernels.aot` checks it for the masks and groups of heads it names. Nothing is timed unasked:
+`benchmarks/bench_tree_attention.py --tune` does, and keeps the best tiles in a file that every later process reads.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ SHIPPED: dict[tuple[str, int, int], Tiles] = {
     ("other", 256, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("other", 64, 4): Tiles(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 8, 1)),
     ("other", 128, 4): Tiles(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 8, 1)),
+    # spills on sm_90, as all that were tried did
     ("other", 256, 4): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
 }
 INTERPRETER_TILES = Tiles(Tile(64, 32, 4, 1), Tile(64, 16, 4, 1), Tile(32, 32, 4, 1))

@@ -79,7 +79,7 @@ class FusedAdam(torch.optim.Optimizer):
         step = torch.tensor(float(group["step"]), device=parameters[0].device)
         self._update(
             parameters,
-            [p.grad for p in parameters],
+            [p.grad for p in parameters if p.grad is not None],  # of all of them: the callers see to it
             first,
             second,
             [],

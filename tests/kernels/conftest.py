@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-IN_PROCESS = {"test_reference.py", "test_aot.py"}  # they launch no kernel
+IN_PROCESS = {"test_reference.py", "test_aot.py", "test_compiled_once.py"}  # they launch no kernel
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,5 +1,7 @@
 """Every objective's kernel against `silva.engine.objectives` in float64: loss, rewards, metrics and slopes."""
 
+import math
+
 from silva.engine.parallel import groups  # noqa: F401  prepares megatron-core for the CPU before metrics imports it
 
 import pytest
@@ -263,6 +265,30 @@ def test_the_same_bits_every_time_and_in_every_company(device):
     alone = found(forest, "dpo", 0.1, 0.0, True, device)
     assert torch.equal(alone[3], first[3][:positions])
     assert torch.equal(alone[2][:comparisons], first[2][:comparisons])
+
+
+def test_a_policy_that_is_its_own_reference_has_no_margin(device):
+    """Log-probs near -500, whose sums in float32 depend on their order: the kernel's are those of `sequence_sums`."""
+    forest = Forest(5, seed=8, longest=300)
+    forest.reference = forest.sums(forest.logprob)
+    assert float(forest.reference.min()) < -500
+    loss, sums, rewards, _ = found(forest, "dpo", 0.1, 0.0, True, device)
+    assert not rewards.any()
+    assert not sums[1:4].any()
+    assert float(loss) == pytest.approx(len(rewards) * math.log(2), rel=1e-6)
+
+
+def test_strided_inputs(device):
+    forest = Forest(4, seed=2)
+    expected = found(forest, "dpo", 0.1, 0.0, True, device)
+    forest.reference = forest.reference.double().repeat_interleave(2)[::2]
+    s = forest.structure
+    forest.structure = s._replace(
+        comparisons=s.comparisons.repeat(1, 2)[:, :2], tree_start=s.tree_start.T.contiguous().T
+    )
+    forest.logprob = forest.logprob.repeat_interleave(3)[::3]
+    strided = found(forest, "dpo", 0.1, 0.0, True, device)
+    assert all(map(torch.equal, strided, expected))
 
 
 def test_not_a_number_is_not_hidden(device):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from silva.kernels import reference
 
@@ -56,6 +58,63 @@ def test_tree_attention_is_the_masked_softmax(size, heads, kv_heads, window):
     rows = torch.randperm(size, generator=generator)[: size // 2 + 1]
     part = reference.tree_attention(q[rows], k, v, end, query_index=rows, **options)
     torch.testing.assert_close(part, expected[rows], rtol=0, atol=1e-12)
+
+
+def test_blocks_computed_again_give_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    end, position = random_forest(700, generator)
+    found = []
+    for largest in (0, 1 << 30):
+        monkeypatch.setattr(reference, "LARGEST_KEPT", largest)
+        q, k, v = (
+            torch.randn(700, h, 8, generator=torch.Generator().manual_seed(h), requires_grad=True)
+            for h in (4, 2, 2)
+        )
+        out = reference.tree_attention(q, k, v, end, position=position, window=50)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for again, kept in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that lived at once of storages made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.storages = 0, {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def test_long_rows_take_no_mask_of_the_row():
+    """One chain of 16k tokens: half a mask of the row would be 128 MiB in bool, and 512 MiB as torch keeps it."""
+    size = 16384
+    end = torch.full((size,), size)
+    q, k, v = (torch.randn(size, 1, 8, requires_grad=True) for _ in range(3))
+    with Live() as live:
+        reference.tree_attention(q, k, v, end).sum().backward()
+    # a block's mask: 4 MiB in bool, 16 MiB in float32; everything else is 0.5 MiB for each of some tensors
+    assert live.peak < 40 << 20
+
+
+def test_a_query_that_sees_no_key_gives_zero():
+    q, k, v = (torch.randn(600, h, 8, requires_grad=True) for h in (2, 1, 1))
+    end = torch.full((600,), 600)
+    end[:300] = 0  # all of the first block's queries, and some of the second's
+    out = reference.tree_attention(q, k, v, end)
+    assert not out[:300].any()
+    assert out[300:].all()
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert not gradient[:300].any()
+        assert gradient.isfinite().all()
 
 
 def test_no_queries_give_no_rows():

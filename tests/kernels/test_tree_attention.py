@@ -1,5 +1,6 @@
 """Tree attention and its gradients against float64, with same-dtype torch as the measure of what a dtype allows."""
 
+import mmap
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from silva.kernels import reference, tree_attention_tiles, tree_blocks
+from silva.kernels import tree_attention as tree_attention_module
 from silva.kernels.tree_attention import attention_blocks, tree_attention
 from silva.kernels.tree_attention_tiles import Problem, Tile
 
@@ -94,6 +96,29 @@ def test_head_sizes(size):
     compare(forest([(40, 0), (20, 10), (9, 3)]), size=size, dtype=torch.bfloat16)
 
 
+# long enough for one full tile of any shape, 128 query rows of one head by 128 keys at most
+LONG = [(260, 0), (60, 100), (21, 100)]
+# on a GPU its own; the interpreter runs any: with and without tensor descriptors
+ARCHITECTURES = [None] if DEVICE.type == "cuda" else ["sm_80", "sm_90"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("size", "heads"), [(64, 1), (128, 4), (256, 2)])
+def test_shipped_tiles(architecture, size, heads, monkeypatch):
+    if architecture is not None:
+        monkeypatch.setattr(tree_attention_tiles, "_architecture", lambda device: architecture)
+    row = forest(LONG)
+    blocks = attention_blocks(row[0].to(DEVICE), group=heads, size=size, dtype=torch.bfloat16)
+    assert all(bool(lists.full.any()) for lists in blocks.lists.values())
+    compare(row, heads, 1, size, torch.bfloat16)
+
+
+def test_a_long_row_of_many_tiles():
+    """Longer on a GPU, where it is quick: lists of hundreds of tiles, and many of them full."""
+    runs = [(2000, 0), (700, 1100), (300, 1100), (900, 0)] if DEVICE.type == "cuda" else LONG
+    compare(forest(runs), heads=4, kv_heads=2, size=64, dtype=torch.bfloat16)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     forests(),
@@ -165,6 +190,24 @@ def test_strided_inputs_and_gradients():
         assert all(map(torch.equal, found, expected))
 
 
+def test_offsets_beyond_32_bits(monkeypatch):
+    """Heads that lie so far apart that more than 2^31 elements are between the first and the last."""
+    heads, apart, end = 4, 3 << 28, forest([(7, 0), (3, 4)])[0].to(DEVICE)
+    count = heads * apart
+    if DEVICE.type == "cuda":
+        memory = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE)
+    else:  # zeros that take no memory until they are written
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * count), dtype=torch.bfloat16)
+    q, k, v, grad = inputs(len(end), len(end), heads, heads, 16, torch.bfloat16)
+    far = memory.as_strided(q.shape, (16, apart, 1))
+    far.copy_(q)
+    found = []
+    for largest in (tree_attention_module.LARGEST_STRIDE, apart + 1):  # copied, and read where they are
+        monkeypatch.setattr(tree_attention_module, "LARGEST_STRIDE", largest)
+        found.append(results(lambda q, k, v: tree_attention(q, k, v, end), far, k, v, grad))
+    assert all(map(torch.equal, *found))
+
+
 def test_the_same_bits_every_time_and_under_recomputation():
     end = forest(SHAPES["a deep tree"])[0].to(DEVICE)
     q, k, v, grad = inputs(len(end), len(end), 4, 2, 16, torch.bfloat16)
@@ -194,6 +237,22 @@ def test_blocks_for_other_heads_are_refused():
         tree_attention(q, k, v, end, blocks=tree_blocks.tree_blocks(end, []))
     with pytest.raises(ValueError, match="position"):
         tree_attention(q, k, v, end, window=3)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    """On a GPU they would be read beyond their ends."""
+    end = forest(SHAPES["a star"])[0].to(DEVICE)
+    q, k, v, _ = inputs(len(end), len(end), 4, 2, 16, torch.float32)
+    for arguments in [(q, k[:-1], v[:-1], end), (q, k, v[:, :1], end), (q[:, :3], k, v, end),
+                      (q, k, v, end[:-1]), (q[..., :8], k, v, end), (q.half(), k, v, end)]:  # fmt: skip
+        with pytest.raises(ValueError, match="do not fit"):
+            tree_attention(*arguments)
+    blocks = attention_blocks(end, group=2, size=16, dtype=q.dtype)
+    for wrong in [(q[:-1], k, v, end), (q[:-1], k[:-1], v[:-1], end[:-1])]:
+        with pytest.raises(ValueError, match="the mask is of"):
+            tree_attention(*wrong, blocks=blocks)
+    with pytest.raises(ValueError, match="scale"):
+        tree_attention(q, k, v, end, scale=-1.0)
 
 
 def test_tuned_tiles_take_the_place_of_the_shipped_ones(monkeypatch, tmp_path):
