@@ -24,7 +24,9 @@ SHAPE = ModelShape(
     tied=False, window=None, architecture="llama", max_position=4096,
 )  # fmt: skip
 # two to a node keeps the number of layouts small
-GPU = Gpu("test", flops=1e12, memory=3.42 * GIB, bandwidth=1e11, nvlink=1e10, network=1e9, host=1e9, per_node=2)
+GPU = Gpu(
+    "test", flops=1e12, memory=3.42 * GIB, bandwidth=1e11, nvlink=1e10, network=1e9, host=1e9, per_node=2
+)
 
 
 def values(text: str) -> dict[str, str]:
