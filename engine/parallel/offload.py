@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 26  # elements that are on the GPU at a time, unless a single weight has more; 0.75 GiB of state
+# Elements that are allocated on the host together, 1 GiB: torch rounds page-locked allocations up to a power of two,
+# which would waste a third of the memory if every tensor were one.
+SLAB = 1 << 28
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -39,13 +42,17 @@ class _Host:
         self.distributed, self.adam = distributed, distributed.optimizer
         self.main: dict[Tensor, Tensor] = {}  # by main weight: its values
         self.model: dict[Tensor, Tensor] = {}  # by main weight: the bfloat16 weight made from it
-        pairs = zip(distributed.shard_float16_groups, distributed.shard_fp32_from_float16_groups, strict=True)
-        for weights, mains in pairs:
+        groups = distributed.shard_float16_groups, distributed.shard_fp32_from_float16_groups
+        slabs = _Slabs(
+            sum(p.numel() for mains in groups[1] for p in mains)
+            + len(MOMENTS) * sum(p.numel() for p in self._parameters())
+        )
+        for weights, mains in zip(*groups, strict=True):
             for weight, main in zip(weights, mains, strict=True):
-                self.main[main], self.model[main] = _host_copy(main), weight
+                self.main[main], self.model[main] = slabs.like(main).copy_(main), weight
                 main.untyped_storage().resize_(0)
         for p in self._parameters():
-            self.adam.state[p] = {name: _host_copy(p, zeros=True) for name in MOMENTS}
+            self.adam.state[p] = {name: slabs.like(p).zero_() for name in MOMENTS}
         self.adam.step = self.step
         self.adam.load_state_dict = self.load_settings
         distributed._get_main_param_and_optimizer_states = self.state_of
@@ -121,11 +128,24 @@ def pieces(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield piece
 
 
-def _host_copy(x: Tensor, *, zeros: bool = False) -> Tensor:
-    """Page-locked where there is a GPU, so that copies run beside the host; the planner's stay without memory."""
-    device = "meta" if x.is_meta else "cpu"
-    found = torch.empty(x.shape, dtype=torch.float32, device=device, pin_memory=x.is_cuda)
-    return found.zero_() if zeros else found.copy_(x)
+class _Slabs:
+    """Host memory, page-locked where there is a GPU, so that copies run beside the host."""
+
+    def __init__(self, total: int) -> None:
+        """total: elements that will be asked for."""
+        self._size = min(SLAB, total)
+        self._left: list[Tensor] = []  # of each slab what nobody has yet
+
+    def like(self, x: Tensor) -> Tensor:
+        """A float32 tensor of that shape; without memory, as `x`, where only a plan is made."""
+        if x.is_meta:
+            return torch.empty_like(x, dtype=torch.float32)
+        size = x.numel()
+        place = next((k for k, left in enumerate(self._left) if len(left) >= size), len(self._left))
+        if place == len(self._left):
+            self._left.append(torch.empty(max(self._size, size), dtype=torch.float32, pin_memory=x.is_cuda))
+        found, self._left[place] = self._left[place][:size], self._left[place][size:]
+        return found.view(x.shape)
 
 
 def settle() -> None:

@@ -109,6 +109,19 @@ def test_a_checkpoint_goes_on_with_and_without_it(before, after, model, data, tm
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_host_memory_is_taken_in_slabs_that_are_filled_up(monkeypatch):
+    monkeypatch.setattr(offload, "SLAB", 100)
+    slabs = offload._Slabs(1000)
+    shapes = [(6, 10), (50,), (5, 8), (150,), (3, 10), (0,)]
+    found = [slabs.like(torch.empty(shape)) for shape in shapes]
+    assert [tuple(x.shape) for x in found] == shapes
+    # 60 + 40, 50 + 30, 150
+    assert len({x.untyped_storage().data_ptr() for x in found if x.numel()}) == 3
+    for number, x in enumerate(found):
+        x.fill_(number)
+    assert all((x == number).all() for number, x in enumerate(found))
+
+
 def test_pieces_are_no_larger_than_they_may_be_or_one_weight(monkeypatch):
     monkeypatch.setattr(offload, "PIECE", 10)
     sizes = [4, 6, 1, 30, 2, 2]
