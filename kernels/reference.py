@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# rows per block: the mask of a block is at most 128 x S, however long the row is; twice as many take a sixth longer on
-# trees, because a block sees what any of its rows sees
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256  # rows per block: the mask of a block is at most 256 x S, however long the row is
 # (query, key) pairs up to which autograd may keep the masks of all blocks, as float32, for every layer: 32 MiB
 LARGEST_KEPT = 1 << 23
 
