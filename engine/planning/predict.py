@@ -17,7 +17,7 @@ from silva.engine.planning.built import Job, Stage
 from silva.engine.planning.hardware import Assumptions, Gpu
 from silva.engine.planning.isolated import isolated_each
 from silva.engine.planning.memory import Budget, budget
-from silva.engine.planning.step_time import Load, StepTime, micro_batches, model_flops, step_time
+from silva.engine.planning.step_time import Load, StepTime, micro_batches, model_flops, replicas, step_time
 from silva.engine.planning.workload import Workload
 
 
@@ -109,12 +109,12 @@ def build_stages(job: Job) -> list[Stage]:
 def advice(setting: Setting, prediction: Prediction) -> list[str]:
     """What to change, the likeliest first."""
     layout, fullest = prediction.job.parallel, prediction.fullest
-    replicas = setting.gpus // (layout.tensor * layout.pipeline * layout.context)
+    count = replicas(prediction.job)
     found = []
     if not prediction.fits:
         static = ("parameters", "gradients", "optimizer")
         if fullest.dominant in static:
-            if not layout.distributed_optimizer and replicas > 1:
+            if not layout.distributed_optimizer and count > 1:
                 found.append(
                     "parallel.distributed_optimizer=true spreads the optimizer over data-parallel ranks"
                 )
@@ -136,9 +136,9 @@ def advice(setting: Setting, prediction: Prediction) -> list[str]:
         found.append("--search looks for layouts that fit")
         return found
     time = prediction.time
-    if time.rows < replicas:
+    if time.rows < count:
         found.append(
-            f"a step has {time.rows} rows for {replicas} replicas: {replicas - time.rows} of them idle; raise "
+            f"a step has {time.rows} rows for {count} replicas: {count - time.rows} of them idle; raise "
             "training.global_batch, lower data.row_length, or use fewer GPUs"
         )
     elif time.bubble > 0.2 * time.total:
