@@ -27,23 +27,21 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    make_sharded_optimizer_tensor,
-)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, _disable_gc
-from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch.distributed.checkpoint import CheckpointException, filesystem
 
+from silva.engine import optimizer_state
 from silva.engine.errors import UserError
 
 PREFIX = "step-"
 PARTIAL = ".partial"
+ELSE = "remove the checkpoint to go on from the one before it"
+INDEX = ".metadata"  # torch's, of what lies where in which file
 
-# What torch's checkpoint index (`.metadata`) is made of. It is a pickle, so it is read through this list:
+# What torch's checkpoint index is made of. It is a pickle, so it is read through this list:
 # anything else in it is refused instead of run.
 _INDEX_MODULES = {
     "torch.distributed.checkpoint.metadata",
@@ -86,11 +84,8 @@ def _guarded_index() -> Iterator[None]:
 
 
 def _metadata() -> dict[str, Any]:
-    """How the optimizer is sharded: the form that can be loaded on any other layout."""
+    """How megatron-core names and cuts what is saved: so that it can be loaded on any other layout."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # gathered in the host memory of one process: otherwise every process gathers all of it, on its GPU
-        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -124,46 +119,8 @@ def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, loading: bool) -> d
         for key, chunk in zip(keys, chunks, strict=True)
     }
     model = state["model"] if len(chunks) == 1 else dict(state)
-    state["optimizer"] = _optimizer_state(model, optimizer, loading=loading)
+    state["optimizer"] = optimizer_state.sharded(model, optimizer, metadata, loading=loading)
     return state
-
-
-def _optimizer_state(model: dict[str, Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
-    """In the distributed optimizer's form, whichever there is: main weights are called `optimizer.state.param`."""
-    _count_padding(optimizer)
-    found = optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
-    for main in nested_values(found.get("fp32_from_fp16_params", [])):
-        main.key = main.key.replace("optimizer.state.fp32_param.", "optimizer.state.param.", 1)
-    kind = {"param_state_sharding_type": "fully_reshardable"}
-    if not _is_flat(optimizer):
-        return found | kind
-    # the parameters are their own main weights
-    parameters = optimizer.get_parameters()
-    sharded = get_param_id_to_sharded_param_map(model, parameters)
-    main = [
-        make_sharded_optimizer_tensor(sharded[place], p, prefix="optimizer.state.param")
-        for place, p in enumerate(parameters)
-    ]
-    return {"optimizer": found, "main": main} | kind
-
-
-def _count_padding(optimizer: Any) -> None:
-    """Let the distributed optimizer gather what it saves with the padding between its gradient buckets.
-
-    megatron-core (0.16, 0.17) leaves it out there, but looks for parameters at their place in the padded buffer:
-    all that stands behind the first padding would be saved shifted, the end as zeros. A model of one bucket is not
-    affected; a tied embedding in a pipeline makes two, overlapped reduction of gradients many.
-    """
-    for each in optimizer.chained_optimizers:
-        for buffer in getattr(each, "buffers", []):
-            buffer.numel_unpadded = buffer.numel
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()
-
-
-def _is_flat(optimizer: Any) -> bool:
-    """Whether megatron-core's optimizer states its groups one level higher than its others do."""
-    return all(isinstance(each, FP32Optimizer) for each in optimizer.chained_optimizers)
 
 
 class Saver:
@@ -207,8 +164,7 @@ class Saver:
         self._target = self.folder / f"{PREFIX}{step:08d}"
         partial_folder = self._new_partial()
         request = _request(partial_folder, _sharded_state(chunks, optimizer, loading=False))
-        identity = json.dumps({"step": step, **run}, indent=1) + "\n"
-        request.add_finalize_fn(partial(self._publish, partial_folder, self._target, identity))
+        request.add_finalize_fn(partial(self._publish, partial_folder, self._target, {"step": step, **run}))
         if self.asynchronous and not wait:
             self._calls.schedule_async_request(request)
         else:
@@ -242,9 +198,12 @@ class Saver:
         dist.barrier()
         return found
 
-    def _publish(self, partial_folder: Path, final: Path, identity: str) -> None:
+    def _publish(self, partial_folder: Path, final: Path, identity: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
-            (partial_folder / "run.json").write_text(identity)
+            files = {path.name: path.stat().st_size for path in sorted(partial_folder.iterdir())}
+            del files[INDEX]  # holds the folder's name, and is read whole anyway
+            text = json.dumps(identity | {"files": files}, indent=1) + "\n"
+            (partial_folder / "run.json").write_text(text)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial_folder, final)
             for old in checkpoints(self.folder)[: -self.keep]:
@@ -255,9 +214,8 @@ class Saver:
         try:
             work()
         except CheckpointException as error:  # raised on every rank, with the reasons on the first one
-            reasons = [f"rank {rank}: {reason[0]}" for rank, reason in sorted(error.failures.items())]
             raise UserError(
-                f"{self._target}: the checkpoint could not be written ({'; '.join(reasons) or 'see rank 0'}); earlier "
+                f"{self._target}: the checkpoint could not be written ({_reasons(error)}); earlier "
                 "checkpoints are whole: look at disk space and memory, then start the run again to resume"
             ) from error
 
@@ -275,7 +233,6 @@ def _request(folder: Path, state: dict[str, Any]) -> AsyncRequest:
         str(folder),
         async_sharded_save=True,
         content_metadata=content,
-        preprocess_common_before_consistancy_check=_equal_on_every_rank,
         **options,
     )
     if request.async_fn is None:  # nothing to write on this rank
@@ -284,12 +241,6 @@ def _request(folder: Path, state: dict[str, Any]) -> AsyncRequest:
     return request._replace(
         async_fn=partial(_write, transforms), preload_fn=partial(_staged, request.preload_fn)
     )
-
-
-def _equal_on_every_rank(common: dict[str, Any]) -> dict[str, Any]:
-    """What ranks must agree in: one of them gathers the optimizer's state, and megatron-core would warn of it."""
-    state = {name: value for name, value in common["optimizer"].items() if name != "param_state"}
-    return common | {"optimizer": state}
 
 
 def _staged(preload: Callable[[], Any]) -> Any:
@@ -354,20 +305,19 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str, Any]) -> int:
-    """Read a checkpoint into model and optimizer, on any layout. Returns the step that comes next.
+    """Read a checkpoint into model and optimizer, on any layout. Returns the step that comes next. Collective.
 
     Raises:
-        UserError: the checkpoint belongs to a run of other data, another model or other settings of the data.
+        UserError: the checkpoint is damaged, or belongs to a run of other data, another model or other settings of
+            the data.
     """
-    saved = json.loads((checkpoint / "run.json").read_text())
-    for key, value in run.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"{checkpoint}: belongs to another run ({key} was {saved.get(key)!r}, is {value!r}); "
-                "give the new run another `output`, or remove the folder to start again"
-            )
-    with _guarded_index():
-        state = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(checkpoint))
+    saved = _checked(checkpoint, run)
+    try:
+        with _guarded_index():
+            state = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(checkpoint))
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as error:
+        reasons = _reasons(error) if isinstance(error, CheckpointException) else _reason(error)
+        raise UserError(f"{checkpoint}: cannot be read ({reasons}); {ELSE}") from error
     for k, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{k}"
         # strict=False: `_extra_state` was left out on purpose; parameters are checked by hand
@@ -377,6 +327,59 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str,
             raise UserError(
                 f"{checkpoint}: does not hold this model: missing {lost}, unexpected {unexpected}"
             )
-    found = state["optimizer"]
-    optimizer.load_state_dict(found["optimizer"] if _is_flat(optimizer) else found)
+    optimizer_state.load(optimizer, state["optimizer"])
     return int(saved["step"])
+
+
+def _checked(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` says, if the checkpoint is this run's and whole. One rank looks; all raise what it found."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = _inspected(checkpoint, run)
+        except UserError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    saved: dict[str, Any] = found[0]
+    return saved
+
+
+def _inspected(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = json.loads((checkpoint / "run.json").read_text())
+        files: dict[str, int] = saved["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint / 'run.json'}: is damaged ({error!r}); {ELSE}") from error
+    for key, value in run.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"{checkpoint}: belongs to another run ({key} was {saved.get(key)!r}, is {value!r}); "
+                "give the new run another `output`, or remove the folder to start again"
+            )
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {ELSE}")
+        if file.stat().st_size != size:
+            raise UserError(f"{file}: has {file.stat().st_size} bytes of {size}; {ELSE}")
+    try:
+        with (checkpoint / INDEX).open("rb") as stream:
+            _IndexUnpickler(stream).load()
+    # a damaged pickle raises whatever its bytes happen to mean
+    except Exception as error:
+        raise UserError(f"{checkpoint / INDEX}: is no index of a checkpoint ({error}); {ELSE}") from error
+    return saved
+
+
+def _reasons(error: CheckpointException) -> str:
+    """Why ranks failed, on the first one: the others are told that some did."""
+    reasons = [f"rank {rank}: {_reason(reason[0])}" for rank, reason in sorted(error.failures.items())]
+    return "; ".join(reasons) or "see rank 0"
+
+
+def _reason(error: BaseException) -> str:
+    # torch's own text of several lines advises to load the file unsafely
+    unread = isinstance(error, pickle.UnpicklingError)
+    return "its bytes are not what was written" if unread else str(error).partition("\n")[0]

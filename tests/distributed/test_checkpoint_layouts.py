@@ -175,3 +175,41 @@ def test_a_round_over_layouts_keeps_every_bit(dtype, model, data, tmp_path):
         world(size, load_and_save, recipe, here, target)
         here = target / "step-00000002"
     world(1, compare, first, here)
+
+
+def read_bytes(recipe: Recipe, source: Path) -> int:
+    """How much this process reads, from wherever, to load a checkpoint."""
+    groups.initialize(recipe.parallel)
+    bare = gpt.build(hf.read_shape(recipe.model.path), recipe.parallel, head="lm", dtype=torch.bfloat16)
+    chunks = optimizer.wrap(bare, recipe.parallel)
+    state = optimizer.build(chunks, recipe.training, recipe.parallel)
+    checkpoint.load(source, chunks, state, {})  # the first time, modules are read too
+    before = _characters_read()
+    checkpoint.load(source, chunks, state, {})
+    found = _characters_read() - before
+    groups.shutdown()
+    return found
+
+
+def _characters_read() -> int:
+    [line] = [s for s in Path("/proc/self/io").read_text().splitlines() if s.startswith("rchar")]
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")
+def test_processes_write_and_read_their_own_slices(data, tmp_path):
+    """Data parallel: 12 of 14 bytes a weight are the optimizer's, and a process owns a fourth of them."""
+    model = tiny.checkpoint(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+    settings = {"training": TRAINING | {"max_steps": 1, "save_every": 1}, "model": {"dtype": "bfloat16"}}
+    recipe = tiny.recipe("nca", model, data, tmp_path / "run", **settings)
+    world(4, run_to, recipe, 1)
+    source = tmp_path / "run" / "checkpoints" / "step-00000001"
+    written = [sum(p.stat().st_size for p in source.glob(f"__{rank}_*.distcp")) for rank in range(4)]
+    weights = sum(x.numel() for x in load_file(model / "model.safetensors").values())
+    slack = 3e5  # indices, and headers of a kilobyte around each piece
+    assert 14 * weights < sum(written) < 14 * weights + 4 * slack
+    assert max(written[1:]) < 12 * weights / 4 + slack
+    assert written[0] < (2 + 12 / 4) * weights + slack  # and the model's own weights
+    for amount in world(4, read_bytes, recipe, source):
+        # torch seeks around in each of the hundred pieces, which costs it 28 KB a piece, whatever the piece's size
+        assert (2 + 12 / 4) * weights <= amount < (2 + 12 / 4) * weights + slack + 4e6

@@ -187,16 +187,6 @@ def test_a_checkpoint_of_another_run_is_refused(model, data, tmp_path):
         world(1, run, other)
 
 
-def test_a_foreign_index_is_not_unpickled(model, data, tmp_path):
-    recipe = tiny.recipe("bt", model, data["pair"], tmp_path / "run")
-    world(1, run, recipe)
-    index = tmp_path / "run" / "checkpoints" / "step-00000003" / ".metadata"
-    index.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "pwned").encode() + b"'\ntR.")
-    with pytest.raises(RuntimeError, match="does not belong into a checkpoint"):
-        world(1, run, recipe)
-    assert not (tmp_path / "pwned").exists()
-
-
 def test_a_run_that_diverges_stops_and_exports_nothing(model, data, tmp_path):
     settings = {"training": {"global_batch": 6, "max_steps": 4, "learning_rate": 1e30, "warmup": 0.0}}
     with pytest.raises(RuntimeError, match=r"lower training\.learning_rate"):

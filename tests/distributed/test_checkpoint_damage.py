@@ -1,0 +1,83 @@
+"""A damaged checkpoint ends the run in one line that names the file, on every rank, and nothing in it is run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from worlds import world
+
+from silva.engine import trainer
+from silva.engine.config import Recipe
+from silva.engine.errors import UserError
+
+
+def run(recipe: Recipe) -> str:
+    try:
+        trainer.train(recipe)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory) -> tuple[Recipe, Path]:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    recipe = runs.recipe("bt", output, training={"max_steps": 2, "save_every": 1, "keep": 9})
+    assert world(2, run, recipe) == ["", ""]
+    return recipe, output
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("__1_0.distcp", Path.unlink, "is missing"),
+        ("__0_0.distcp", cut, "bytes of"),
+        ("__0_0.distcp", overwrite, "cannot be read"),
+        ("common.pt", Path.unlink, "is missing"),
+        ("common.pt", overwrite, "cannot be read"),
+        ("metadata.json", cut, "bytes of"),
+        (".metadata", Path.unlink, "No such file"),
+        (".metadata", cut, "truncated"),
+        ("run.json", cut, "is damaged"),
+    ],
+)
+def test_damage_is_named(file: str, damage: Callable[[Path], None], said: str, whole, tmp_path):
+    recipe, output = whole
+    shutil.copytree(output, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "step-00000002" / file)
+    for answer in world(2, run, recipe.model_copy(update={"output": str(tmp_path / "run")})):
+        assert "step-00000002" in answer
+        assert said in answer or "see rank 0" in answer
+        assert "remove the checkpoint to go on from the one before it" in answer
+        assert "\n" not in answer
+
+
+def test_the_one_before_is_gone_on_from(whole, tmp_path):
+    recipe, output = whole
+    shutil.copytree(output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    assert world(2, run, recipe.model_copy(update={"output": str(tmp_path / "run")})) == ["", ""]
+    again, before = tiny.history(tmp_path / "run"), tiny.history(output)
+    assert [line["loss"] for line in again] == [line["loss"] for line in before]
+
+
+def test_a_foreign_index_is_not_unpickled(whole, tmp_path):
+    recipe, output = whole
+    shutil.copytree(output, tmp_path / "run")
+    index = tmp_path / "run" / "checkpoints" / "step-00000002" / ".metadata"
+    index.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "pwned").encode() + b"'\ntR.")
+    [said, _] = world(2, run, recipe.model_copy(update={"output": str(tmp_path / "run")}))
+    assert "posix.system does not belong" in said or "os.system does not belong" in said
+    assert not (tmp_path / "pwned").exists()
