@@ -312,12 +312,18 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str,
             the data.
     """
     saved = _checked(checkpoint, run)
+    problem, cause = None, None
     try:
         with _guarded_index():
             state = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(checkpoint))
-    except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as error:
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError, ValueError) as error:
         reasons = _reasons(error) if isinstance(error, CheckpointException) else _reason(error)
-        raise UserError(f"{checkpoint}: cannot be read ({reasons}); {ELSE}") from error
+        problem, cause = f"{checkpoint}: cannot be read ({reasons}); {ELSE}", error
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)  # not every release tells the others
+    for found in [problem, *problems]:
+        if found:
+            raise UserError(found) from cause
     for k, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{k}"
         # strict=False: `_extra_state` was left out on purpose; parameters are checked by hand

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from silva.kernels.build import Build
 from silva.kernels.dispatch import jit, runs_kernels, tl, triton
+from silva.kernels.products import product
 
 LONGEST = 8192  # positions or rows of a tile: no product gets faster by more
 # A tile has 1/16 of all logits, within these bounds: 16 to 256 MiB in float32, and half of it for a bfloat16 slope.
@@ -161,17 +162,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, accumulated and rounded in `out`'s type."""
-    if a.dtype != out.dtype and not a.is_cuda:  # only cuBLAS multiplies narrow types into a wide one
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    options: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, a, b, out=out, **options)
-    else:
-        torch.mm(a, b, out=out, **options)
-
-
 class _Running(NamedTuple):
     """What is known of every position after some columns; each (L,), float32 at least."""
 
@@ -285,7 +275,7 @@ class _Tiles:
     def logits(self, part: slice, block: slice) -> Tensor:
         """(P, C) float32 at least, before the temperature."""
         tile = self._logits[: part.stop - part.start, : block.stop - block.start]
-        _product(self.problem.hidden[part], self.problem.weight[block].T, tile)
+        product(self.problem.hidden[part], self.problem.weight[block].T, tile)
         return tile
 
     def slope(
@@ -344,8 +334,8 @@ def _gradients(problem: _Problem, normaliser: Tensor, coefficient: Tensor) -> tu
         into = grad_weight[block] if partial is None else partial[: block.stop - block.start]
         for part in tiles.parts:
             slope = tiles.slope(tiles.logits(part, block), part, block, normaliser, coefficient)
-            _product(slope, weight[block], grad_hidden[part], add=block.start > 0)
-            _product(slope.T, hidden[part], into, add=part.start > 0)
+            product(slope, weight[block], grad_hidden[part], add=block.start > 0)
+            product(slope.T, hidden[part], into, add=part.start > 0)
         if partial is not None:
             grad_weight[block] = into
     return grad_hidden.to(hidden.dtype), grad_weight
@@ -379,8 +369,8 @@ def _forward_with_gradients(
         normaliser[part] = highest + total.log()
         logprob[part] = chosen - normaliser[part]
         slope = tiles.slope(logits, part, block, normaliser, coefficient)
-        _product(slope, weight, grad_hidden[part])
-        _product(slope.T, hidden[part], grad_weight[block], add=part.start > 0)
+        product(slope, weight, grad_hidden[part])
+        product(slope.T, hidden[part], grad_weight[block], add=part.start > 0)
     return logprob, grad_hidden, grad_weight.to(weight.dtype)
 
 

@@ -7,6 +7,7 @@ name                                   why
 =====================================  ==================================================================
 torch.cuda.current_device              parameters, buffers and received tensors are allocated on it
 torch.cuda.synchronize                 called after batched point-to-point works and before checkpoints
+torch.cuda.current_stream              asked for by 0.19 before gradients are summed, to wait for recorded graphs
 torch.cuda.get_rng_state, manual_seed; the tensor-parallel random tracker and recomputation keep and
 _get_cuda_rng_state and                restore generator states; here they are the CPU generator's
 _set_cuda_rng_state of megatron's
@@ -27,8 +28,9 @@ jit_fuser of megatron.core.jit, which  torch.compile on the CPU costs two second
 takes it from torch.compile
 =====================================  ==================================================================
 
-With a GPU present nothing is touched. Streams, events and memory statistics are never called on this path and
-are not emulated. `tests/distributed/test_emulation.py` holds this table to the megatron-core that is installed.
+With a GPU present nothing is touched. Events, memory statistics and what streams can do are never called on this
+path and are not emulated.
+`tests/distributed/test_emulation.py` holds this table to the megatron-core that is installed.
 """
 
 from __future__ import annotations
@@ -99,6 +101,7 @@ def _emulate_device() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.synchronize = lambda device=None: None
+    cuda.current_stream = lambda device=None: None
 
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from silva.engine.parallel import weight_gradient
 from silva.engine.parallel.offload import keep_on_host
 
 import torch
@@ -140,7 +141,8 @@ def adam_in_use() -> str:
 def wrap(chunks: Sequence[nn.Module], parallel: Parallel) -> list[nn.Module]:
     """Data parallelism around a model whose weights are in place: gradients are summed, never averaged.
 
-    bfloat16 models get float32 gradients and convert their inputs and outputs themselves.
+    bfloat16 models get float32 gradients and convert their inputs and outputs themselves. Linear layers add to the
+    gradients in the product that computes theirs.
     """
     config: Any = chunks[0].config
     if config.bf16:
@@ -151,10 +153,12 @@ def wrap(chunks: Sequence[nn.Module], parallel: Parallel) -> list[nn.Module]:
         overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
-    return [
+    wrapped: list[nn.Module] = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=place > 0)
         for place, chunk in enumerate(chunks)
     ]
+    weight_gradient.fuse(wrapped)
+    return wrapped
 
 
 def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -> Any:

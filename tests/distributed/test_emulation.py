@@ -12,6 +12,7 @@ from typing import Any
 
 from silva.engine.parallel import emulation
 
+import megatron.core
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from silva.engine import trainer
 from silva.engine.config import Recipe
 
 CORE = "megatron.core."
+VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 RANDOM = CORE + "tensor_parallel.random"
 BUFFERS = CORE + "distributed.param_and_grad_buffer"
 PIPELINE = CORE + "pipeline_parallel."
@@ -37,6 +39,8 @@ CALLERS: dict[str, set[str]] = {
         PIPELINE + "p2p_communication",
         CORE + "dist_checkpointing.strategies.filesystem_async",
     },
+    # from 0.19 on
+    "torch.cuda.current_stream": {BUFFERS} if VERSION >= (0, 19) else set(),
     "torch.cuda.get_rng_state": {RANDOM},
     "torch.cuda.manual_seed": {RANDOM},
     f"{RANDOM}._get_cuda_rng_state": {RANDOM},

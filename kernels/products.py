@@ -1,0 +1,27 @@
+"""Matrix products of narrow operands into a wide matrix, which may be added to: what cuBLAS does in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, accumulated and rounded in `out`'s type.
+
+    Args:
+        a: (M, K), of `out`'s dtype or, if that is float32, bfloat16 or float16.
+        b: (K, N), of the same.
+        out: (M, N).
+    """
+    if a.is_meta:  # nothing is computed, and torch 2.11 cannot say the result's shape of a sum of two types
+        add = False
+    elif a.dtype != out.dtype and not a.is_cuda:  # only cuBLAS multiplies narrow types into a wide one
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    options: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
