@@ -112,14 +112,16 @@ def unwrapped(chunk: Any) -> Any:
 
 
 def _sharded_state(chunks: Sequence[Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    """optimizer: None leaves it out."""
     metadata = _metadata()
     keys = ["model"] if len(chunks) == 1 else [f"model{k}" for k in range(len(chunks))]
     state = {
         key: _without_extra_state(unwrapped(chunk).sharded_state_dict(metadata=metadata))
         for key, chunk in zip(keys, chunks, strict=True)
     }
-    model = state["model"] if len(chunks) == 1 else dict(state)
-    state["optimizer"] = optimizer_state.sharded(model, optimizer, metadata, loading=loading)
+    if optimizer is not None:
+        model = state["model"] if len(chunks) == 1 else dict(state)
+        state["optimizer"] = optimizer_state.sharded(model, optimizer, metadata, loading=loading)
     return state
 
 
@@ -307,6 +309,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str, Any]) -> int:
     """Read a checkpoint into model and optimizer, on any layout. Returns the step that comes next. Collective.
 
+    Args:
+        optimizer: None reads the model alone; its chunks need no gradient buffers then.
+
     Raises:
         UserError: the checkpoint is damaged, or belongs to a run of other data, another model or other settings of
             the data.
@@ -333,7 +338,8 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str,
             raise UserError(
                 f"{checkpoint}: does not hold this model: missing {lost}, unexpected {unexpected}"
             )
-    optimizer_state.load(optimizer, state["optimizer"])
+    if optimizer is not None:
+        optimizer_state.load(optimizer, state["optimizer"])
     return int(saved["step"])
 
 

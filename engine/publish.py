@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from silva.engine.parallel import groups, optimizer
+from silva.engine.parallel import groups
 
 import torch
 
@@ -34,12 +34,10 @@ def export_checkpoint(recipe: Recipe) -> Path:
         folder = hf.fetch(recipe.model.path)
         head = OBJECTIVES[recipe.objective.name].head
         # the checkpoint fills every parameter: the weights the run started from are not read
-        bare = gpt.build(
+        chunks = gpt.build(
             hf.read_shape(folder), recipe.parallel, head=head, dtype=getattr(torch, recipe.model.dtype)
         )
-        chunks = optimizer.wrap(bare, recipe.parallel)
-        state = optimizer.build(chunks, recipe.training, recipe.parallel)
-        checkpoint.load(saved[-1], chunks, state, recipe.identity)
+        checkpoint.load(saved[-1], chunks, None, recipe.identity)
         return export_model(chunks, recipe, folder, load_tokenizer(recipe, folder))
     finally:
         groups.shutdown()
@@ -56,8 +54,11 @@ def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
 
 
 def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer: ChatTokenizer) -> Path:
-    """Write the model as Hugging Face checkpoint(s), tokenizer included; the folder. Collective."""
-    optimizer.settle(chunks, recipe.parallel)
+    """Write the model as Hugging Face checkpoint(s), tokenizer included; the folder. Collective.
+
+    Args:
+        chunks: wrapped or not, with their parameters in place (`optimizer.settle`).
+    """
     head = OBJECTIVES[recipe.objective.name].head
 
     def finish(folder: Path) -> None:

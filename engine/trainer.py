@@ -106,7 +106,9 @@ class Trainer:
             attention=recipe.model.attention,
         )
         self.reference, self.validation_reference = self._reference(bare, dtype)
-        self._say_read(*hf.load(bare, self.model_folder, self.shape))
+        self.newest = self._newest_checkpoint()
+        if self.newest is None:  # which fills every parameter
+            self._say_read(*hf.load(bare, self.model_folder, self.shape))
         self.chunks: list[Any] = [*optimizer.wrap(bare, recipe.parallel)]
         self.optimizer = optimizer.build(self.chunks, recipe.training, recipe.parallel)
         self.say(f"computes   {backends.describe(recipe)}")
@@ -478,21 +480,25 @@ class Trainer:
         last = step == self.steps
         self.saver.save(step, self.chunks, self.optimizer, self.identity, wait=last)
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint of this run, if there is one; the step to start with."""
+    def _newest_checkpoint(self) -> Path | None:
         found = [checkpoint.checkpoints(self.output / "checkpoints")[-1:] if self.first else None]
         dist.broadcast_object_list(found)
-        if not found[0]:
+        return found[0][0] if found[0] else None
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint of this run, if there is one; the step to start with."""
+        if self.newest is None:
             if self.first:
                 self.output.mkdir(parents=True, exist_ok=True)
                 (self.output / "recipe.yaml").write_text(self.recipe.dump())
             return 0
-        step = checkpoint.load(found[0][0], self.chunks, self.optimizer, self.identity)
-        self.say(f"resuming   at step {step} of {self.steps} from {found[0][0]}")
+        step = checkpoint.load(self.newest, self.chunks, self.optimizer, self.identity)
+        self.say(f"resuming   at step {step} of {self.steps} from {self.newest}")
         return step
 
     def export(self) -> Path:
         """Write the trained model as a Hugging Face checkpoint."""
+        optimizer.settle(self.chunks, self.recipe.parallel)
         folder = publish.export_model(self.chunks, self.recipe, self.model_folder, self.tokenizer)
         self.say(f"exported   {folder}")
         return folder

@@ -154,7 +154,27 @@ def test_a_checkpoint_of_context_parallel_processes_goes_on_on_another_layout(mo
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=4e-5, msg=name)
 
 
+def test_a_resumed_run_does_not_read_the_weights_it_started_from(model, data, tmp_path):
+    """They may be 140 GB, and the checkpoint replaces all of them."""
+    shutil.copytree(model, tmp_path / "model")
+    settings = {"training": {"global_batch": 4, "max_steps": 2, "save_every": 1, "keep": 9}}
+    recipe = tiny.recipe("bt", tmp_path / "model", data["pair"], tmp_path / "run", **settings)
+    world(1, run, recipe)
+    expected = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    shutil.rmtree(tmp_path / "run" / "export")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+    world(1, run, recipe)
+    assert all(torch.equal(x, expected[name]) for name, x in weights(tmp_path / "run").items())
+
+
 def export(recipe: Recipe) -> None:
+    """An export has no room for an optimizer: of a 7B model it is another 113 GB."""
+
+    def refuse(*unused: object) -> None:
+        raise AssertionError("gradients or optimizer state were allocated")
+
+    trainer.optimizer.wrap = trainer.optimizer.build = refuse
     publish.export_checkpoint(recipe)
 
 
