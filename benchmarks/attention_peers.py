@@ -51,6 +51,7 @@ def ours(row: Row, q: Tensor, k: Tensor) -> Peer:
 
 
 def flex(row: Row, q: Tensor, k: Tensor, **options: Any) -> Peer:
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     end = row.end.to(q.device)
@@ -61,6 +62,8 @@ def flex(row: Row, q: Tensor, k: Tensor, **options: Any) -> Peer:
 
     if q.is_cuda:
         torch._dynamo.reset()  # beyond a few recompilations it silently runs without a kernel
+        # else its backward pass gives its buffers away and cannot be timed twice
+        torch._functorch.config.donated_buffer = False
     mask = create_block_mask(sees, None, None, size, size, device=str(q.device))
     attend: Any = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
     more = {"kernel_options": options} if options else {}

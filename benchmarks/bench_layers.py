@@ -41,10 +41,11 @@ SMOKE = Size(12, 40, 4, 2, 8, 24)
 
 
 class Run(NamedTuple):
-    """One way to compute an operation, on tensors of its own: some peers write into their inputs."""
+    """One way to compute an operation, on tensors of its own: some peers write into what they are given."""
 
     call: Callable[..., Sequence[Tensor]]
     inputs: list[Tensor]
+    grads: Sequence[Tensor] = ()
 
 
 class Operation:
@@ -91,11 +92,12 @@ class Operation:
             "torch.compile": torch.compile(self.definition, dynamic=False),
         }
         made = self.liger() if peer == "Liger" else Run(calls[peer], self.inputs)
-        return Run(made.call, [x.detach().clone().requires_grad_() for x in made.inputs])
+        inputs = [x.detach().clone().requires_grad_() for x in made.inputs]
+        return Run(made.call, inputs, [g.clone() for g in self.grads])
 
     def both(self, run: Run) -> list[Tensor]:
         outputs = run.call(*run.inputs)
-        return [*outputs, *torch.autograd.grad(outputs, run.inputs, [g.clone() for g in self.grads])]
+        return [*outputs, *torch.autograd.grad(outputs, run.inputs, run.grads)]
 
     def check(self, peer: str) -> float:
         """Largest relative error in the norm of outputs and gradients.

@@ -139,7 +139,7 @@ def _compiled_chunk() -> Callable[..., Tensor]:
 
         return torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
 
-    return torch.compile(chunk)
+    return torch.compile(chunk, dynamic=False)  # else it is compiled for any shape after the first
 
 
 def check(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:

@@ -56,7 +56,7 @@ class Pairs:
             scored=torch.full((count,), length, dtype=torch.int32, device=device),
             absolute=torch.zeros(comparisons, dtype=torch.bool, device=device),
         )
-        self._compiled = torch.compile(self._trl_loss)
+        self._compiled = torch.compile(self._trl_loss, dynamic=False)
 
     def ours(self) -> PreferenceLoss:
         """The launch; what it gives is the loss and its gradient."""

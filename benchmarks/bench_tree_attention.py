@@ -16,7 +16,6 @@ import gzip
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import kernel_common
 from benchmarks.attention_peers import PEERS, Peer, Row, missing, ours
 from silva.kernels import tree_attention as kernels
 from silva.kernels import tree_attention_tiles, tree_blocks
@@ -32,6 +32,7 @@ from silva.kernels.reference import tree_attention as definition
 from silva.kernels.tree_attention_tiles import CANDIDATES, Problem, Tiles
 from silva.kernels.tree_blocks import FULL, SKIPPED
 
+REPEATS = 30  # of a time on a GPU
 Runs = list[tuple[int, int]]  # (length, depth of the token it hangs under); depth 0 begins a tree
 
 
@@ -238,13 +239,7 @@ class Truth:
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    import triton
-
-    return triton.testing.do_bench(call, warmup=50, rep=200, return_mode="median")
+    return kernel_common.milliseconds({"": call}, REPEATS if torch.cuda.is_available() else 1)[""]
 
 
 def measure(

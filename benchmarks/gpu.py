@@ -12,10 +12,13 @@ figures are printed as key=value.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     try:
         check_packages()
+        check_compiler()
         record = Record(options.out)
         if options.again:
             record.forget(options.parts)
@@ -110,6 +114,16 @@ def check_packages() -> None:
             f"not installed: {', '.join(missing)}; without a network, fetch wheels elsewhere with `gpu.sh wheels "
             "FOLDER` and give them with --wheels FOLDER"
         )
+
+
+def check_compiler() -> None:
+    """Raises UserError where Triton cannot build its launcher, for want of which every kernel would fail."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not compiler:
+        raise UserError("Triton needs a C compiler: install gcc, or name one in CC")
+    if not header.is_file():
+        raise UserError(f"Triton needs Python's headers: {header} is missing (Debian: install python3-dev)")
 
 
 def begin(options: argparse.Namespace) -> None:
@@ -173,9 +187,9 @@ def ended(command: list[str], seconds: float, environment: dict[str, str], log: 
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # also what it left behind
+            child.wait()
 
 
 def closing(record: Record, options: argparse.Namespace) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as xml
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ TESTS = {
 }
 # the rows that decide first; a GPU of 80 GB holds all of them
 SIZES = (8192, 16384)
+REPORTING = 8  # seconds that unfinished tests get to report what they have
 NAMES = ("trees", "documents", "pairs", "causal")
 # what --smoke leaves of files and rows: every path through this module, in the time an interpreter takes
 SMOKE_TESTS, SMOKE_NAMES = ("tree_blocks", "layers"), ("trees", "causal")
@@ -46,6 +50,9 @@ SMOKE_TESTS, SMOKE_NAMES = ("tree_blocks", "layers"), ("trees", "causal")
 
 def tests(session: Session) -> None:
     """Every file in a process of its own, all at once: nearly all of their time is compiling on the CPU."""
+    session.summarize(
+        lambda rows: {f"tests_{key}": sum(r[key] for r in rows) for key in ("passed", "failed", "skipped")}
+    )
     with tempfile.TemporaryDirectory() as folder:
         todo = [
             name
@@ -55,21 +62,18 @@ def tests(session: Session) -> None:
         began = time.monotonic()
         running = {name: start(name, Path(folder), session) for name in todo}
         try:
-            while running and session.left > 0:
+            while running and session.left > REPORTING:
                 for name in [name for name, child in running.items() if child.poll() is not None]:
                     running.pop(name)
                     session.lines(name, lambda name=name: outcome(Path(folder) / f"{name}.xml", name, began))
                 time.sleep(0.1)
         finally:
             for child in running.values():
-                child.kill()
-                child.wait()
-        for name in running:
-            session.record.add("tests", name, failed=f"not finished after {time.monotonic() - began:.0f} s")
-    rows = session.record.rows("tests")
-    session.figures(
-        {f"tests_{key}": sum(row[key] for row in rows) for key in ("passed", "failed", "skipped")}
-    )
+                child.send_signal(signal.SIGINT)  # pytest then reports what it has
+        for name, child in running.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, session.left - 1))
+            session.lines(name, lambda name=name: cut(Path(folder) / f"{name}.xml", name, began))
 
 
 def start(name: str, folder: Path, session: Session) -> subprocess.Popen[bytes]:
@@ -90,6 +94,12 @@ def start(name: str, folder: Path, session: Session) -> subprocess.Popen[bytes]:
         command += ["-n", str(max(1, len(os.sched_getaffinity(0)) // 3))]
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def cut(report: Path, name: str, began: float) -> Outcome:
+    """Of a file that was not finished."""
+    found = outcome(report, name, began)
+    return Outcome(found.rows, f"not finished after {time.monotonic() - began:.0f} s; {found.failed or ''}")
 
 
 def outcome(report: Path, name: str, began: float) -> Outcome:
@@ -127,6 +137,7 @@ def tree_attention(session: Session) -> None:
     command = ["--smoke"] if smoke else []
     options = attention.settings(command)
     check = {"row": "check", "tokens": 96 if smoke else 2048, "who": "silva"}
+    session.summarize(attention_figures)
     session.line("float64", lambda: check | {"error over torch's": attention.check(options, check["tokens"])})
     for name in PEERS:
         if why := missing(name, device):
@@ -135,7 +146,6 @@ def tree_attention(session: Session) -> None:
         packed = {row.name: row for row in attention.rows(size, [])}
         for name in SMOKE_NAMES if session.smoke else NAMES:
             attention_row(session, options, packed[name])
-    session.figures(attention_figures(session.record.rows("attention")))
 
 
 def attention_row(session: Session, options: argparse.Namespace, row: Row) -> None:
@@ -153,7 +163,7 @@ def attention_row(session: Session, options: argparse.Namespace, row: Row) -> No
             session.line(key, lambda n=name: attention.compared(options, row, n, truth(), leaves, grad))
 
 
-def attention_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+def attention_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Silva's speed over the best peer's, forward and backward together, on each row."""
     total: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
@@ -175,6 +185,7 @@ def linear_logprob(session: Session) -> None:
     device = kernel_common.device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     small = (25, 57, 13) if session.smoke else (252, 507, 123)
+    session.summarize(linear_figures)
     session.line("float64", lambda: {"table": "check", "error": linear.check(small, dtype, device)})
     repeats = 1 if session.smoke else 10
     for shape in linear.SMOKE if session.smoke else linear.SHAPES:
@@ -187,14 +198,19 @@ def linear_logprob(session: Session) -> None:
 
         peers = agreeing(session, linear.PEERS, lambda peer: linear.missing(peer, device), title, check)
         session.lines(title, lambda s=shape, p=peers: linear.time_shape(s, dtype, device, repeats, p))
-    rows = [row for row in session.record.rows("linear_logprob") if "what" in row]
-    first = {row["what"]: row["ms"] for row in rows if row["shape"] == rows[0]["shape"]}
-    if "ours" in first:
-        session.figures({"linear_products_over_ours": first["products, all three"] / first["ours"]})
+
+
+def linear_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    times = [(row["shape"], row["what"], row["ms"]) for row in rows if "what" in row]
+    first = {what: ms for shape, what, ms in times if shape == times[0][0]}
+    return (
+        {"linear_products_over_ours": first["products, all three"] / first["ours"]} if "ours" in first else {}
+    )
 
 
 def preference_loss(session: Session) -> None:
     device = kernel_common.device()
+    session.summarize(preference_figures)
     for shape in preference.SMOKE if session.smoke else preference.SHAPES:
 
         def measure(shape=shape) -> list[dict[str, Any]]:
@@ -207,14 +223,16 @@ def preference_loss(session: Session) -> None:
         session.lines("x".join(map(str, shape)), measure)
     if device.type != "cuda":
         session.missing("TRL, torch.compile", "runs on GPUs only")
-    rows = session.record.rows("preference_loss")
+
+
+def preference_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     first = {row["what"]: row["ms"] for row in rows if row["shape"] == rows[0]["shape"]}
-    if "ours" in first:
-        session.figures({"preference_loss_times_faster_than_trl": first["TRL, eager"] / first["ours"]})
+    return {"preference_loss_times_faster_than_trl": first["TRL, eager"] / first["ours"]} if first else {}
 
 
 def fused_layers(session: Session) -> None:
     device = kernel_common.device()
+    session.summarize(layer_figures)
     size = layers.SMOKE if session.smoke else layers.Size()
     repeats = 1 if session.smoke else 20
     for kind in layers.OPERATIONS:
@@ -225,12 +243,17 @@ def fused_layers(session: Session) -> None:
             session, layers.PEERS, lambda peer: layers.missing(peer, device), kind.name, operation.check
         )
         session.lines(kind.name, lambda o=operation, p=peers: layers.time_operation(o, p, repeats))
-    rows = [row for row in session.record.rows("layers") if "both_ms" in row]
+
+
+def layer_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found = {}
+    rows = [row for row in rows if "both_ms" in row]
     for name in dict.fromkeys(row["operation"] for row in rows):
         times = {row["who"]: row["both_ms"] for row in rows if row["operation"] == name}
         others = [time for who, time in times.items() if who != "silva"]
         if "silva" in times and others:
-            session.figures({f"{name}_times_faster_than_best_peer": min(others) / times["silva"]})
+            found[f"{name}_times_faster_than_best_peer"] = min(others) / times["silva"]
+    return found
 
 
 def agreeing(session: Session, peers: Any, missing: Any, title: str, check: Any) -> list[str]:

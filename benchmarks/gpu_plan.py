@@ -7,7 +7,7 @@ planner counts the output matrix among the products, and for every token; the gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,19 +51,19 @@ def plan(session: Session) -> None:
     if name is None:
         session.missing("engine", f"the planner has no figures of a {session.record.data['device']}")
         return
+    session.summarize(figures)
     for row in steps:
         which = row["objective"], row["layout"]
         measure = partial(lines, row, shares.get(which), GPUS[name], session.smoke)
         session.lines(" ".join(which), measure)
-    session.figures(
-        {
-            f"plan_{row['objective']}_{row['layout']}_{row['what'].replace(' ', '_')}": row[
-                "measured/predicted"
-            ]
-            for row in session.record.rows("plan")
-            if row["what"] in ("step", "tensors")
-        }
-    )
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        f"plan_{row['objective']}_{row['layout']}_{row['what'].replace(' ', '_')}": row["measured/predicted"]
+        for row in rows
+        if row["what"] in ("step", "tensors")
+    }
 
 
 def lines(row: Row, share: Row | None, gpu: Gpu, smoke: bool) -> list[Row]:

@@ -37,6 +37,7 @@ class Session:
         self.part, self.smoke = arguments.part, arguments.smoke
         self.record = Record(arguments.out)
         self.until = time.monotonic() + arguments.seconds
+        self._summary: Callable[[Sequence[Row]], Mapping[str, Any]] = lambda rows: {}
 
     @property
     def left(self) -> float:
@@ -79,12 +80,18 @@ class Session:
         if not self.record.done(self.part, key):
             self._add(key, missing=why)
 
-    def figures(self, values: Mapping[str, Any]) -> None:
-        self.record.data["figures"] |= values
+    def summarize(self, summary: Callable[[Sequence[Row]], Mapping[str, Any]]) -> None:
+        """Have figures made of the part's rows now and after every line: whatever ends the part, they are there."""
+        self._summary = summary
+        self._summarize()
+
+    def _summarize(self) -> None:
+        self.record.data["figures"] |= self._summary(self.record.rows(self.part))
         self.record.write()
 
     def _add(self, key: str, **what: Any) -> None:
         self.record.add(self.part, key, **what)
+        self._summarize()
         for row in what.get("rows", [what]):
             words = (f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in row.items())
             print(f"   {key}: {' '.join(words)}", flush=True)
@@ -130,7 +137,7 @@ def facts() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             driver = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split()
-        except OSError:  # not on the path of every container
+        except (OSError, subprocess.TimeoutExpired):  # not on the path of every container
             driver = []
         found |= {
             "driver": driver[0] if driver else "unknown",

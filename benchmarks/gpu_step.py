@@ -232,6 +232,7 @@ class Plain:
 def step(session: Session) -> None:
     """Engine first: what it leaves behind in memory is not counted against transformers."""
     device = kernel_common.device()
+    session.summarize(figures)
     size = SMOKE if session.smoke else FULL
     cases = [make(size) for make in CASES.values()]
     for kind in (Engine, Plain):
@@ -241,7 +242,6 @@ def step(session: Session) -> None:
             session.lines(key, partial(measure, session, contender, case, size))
             session.lines(f"{key}: kernels", partial(kernels, contender, case))
         contender.release()
-    session.figures(figures(session.record.rows("step")))
 
 
 class Contender:

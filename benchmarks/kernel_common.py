@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import common
 
 FLUSH = 256 << 20  # bytes written between two measurements: more than any L2 cache holds
+AHEAD = 2_000_000  # cycles that the GPU waits, a millisecond: what is measured is queued by then, launches and all
 MEBIBYTE = 1 << 20
 
 
@@ -26,7 +27,10 @@ def device() -> torch.device:
 
 
 def milliseconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median of `repeats` runs of each, in turns, after one that compiles; the cache is flushed before each."""
+    """Median of `repeats` runs of each, in turns, after one that compiles; the cache is flushed before each.
+
+    On a GPU these are its own milliseconds; Python's count only where it takes longer than a millisecond.
+    """
     if device().type == "cpu":
         for run in runs.values():
             run()
@@ -39,6 +43,7 @@ def milliseconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
         for name, run in runs.items():
             flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(AHEAD)
             begin.record()
             run()
             end.record()

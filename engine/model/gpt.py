@@ -138,7 +138,9 @@ class TreeAttention(nn.Module):
         angles, share = packed_seq_params.angles, packed_seq_params.share
         query = rotary(query[:, 0], position, self.inverse_frequency, angles=angles)
         key = rotary(key[:, 0], position, self.inverse_frequency, angles=angles)
-        value = value[:, 0]
+        # a view would keep the whole projection until the backward pass: with four query heads a key head six times
+        # as much; of queries and keys nothing is kept but what the rotation made
+        value = value[:, 0].contiguous()
         if share is not None:
             key, value = whole_row(key, value, share, groups.context_group())
         if packed_seq_params.documents is not None:

@@ -48,6 +48,10 @@ def run(folder: Path, name: str, output: Path, layout: dict, kernels: bool) -> N
     trainer.train(recipe)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="beside a GPU nothing takes torch's operations; benchmarks/gpu_step.py compares",
+)
 @pytest.mark.parametrize(
     ("name", "size", "layout"),
     [

@@ -183,7 +183,8 @@ def test_known_coefficients(dtype, again, way, device, monkeypatch):
     torch.testing.assert_close(found[0][1:], truth[0], rtol=2e-6, atol=2e-6)
     # as above; the upstream gradient multiplies what has been rounded: once more
     assert max(errors(gradients, truth[1:])) < {torch.float32: 5e-6, torch.bfloat16: 2**-6}[dtype]
-    assert linear_logprob_sum(h[:0].to(device), w.to(device), target[:0], grad[:0])[0] == 0
+    none = (x[:0].to(device) for x in (h, target, grad))
+    assert linear_logprob_sum(next(none), w.to(device), *none)[0] == 0
 
 
 class Largest(TorchDispatchMode):
@@ -200,13 +201,13 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_logits_are_never_stored(kernels, monkeypatch):
+def test_logits_are_never_stored(kernels, device, monkeypatch):
     monkeypatch.setattr(linear_logprob, "SMALLEST_TILE", 1000)
     monkeypatch.setattr(linear_logprob, "runs_kernels", lambda x: kernels)
     positions, vocabulary = (30, 2000) if kernels else (400, 3000)
     inputs = draw(positions, vocabulary, 1, torch.float32)
     with Largest() as largest:
-        run(linear_logprob.linear_logprob, *inputs, "cpu")
+        run(linear_logprob.linear_logprob, *inputs, device if kernels else "cpu")
     # a sixteenth, rounded up to whole blocks of 64 columns
     assert largest.size <= 4 * positions * (vocabulary / 16 + 64)
 
@@ -238,6 +239,13 @@ def sharded(h, w, target, grad, rows: int, dtype: torch.dtype) -> list[list[np.n
     return found
 
 
+FORKS = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="forks processes on the CPU; autograd does not survive that beside a GPU",
+)
+
+
+@FORKS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_shards_of_the_vocabulary(size, dtype, monkeypatch):
@@ -264,6 +272,7 @@ def test_shards_of_the_vocabulary(size, dtype, monkeypatch):
         assert max(errors(summed, truth[1:])) < tolerance
 
 
+@FORKS
 def test_no_positions_on_shards():
     def nothing() -> float:
         h, w, target, _ = draw(0, 8, 4, torch.float32)
