@@ -24,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+from silva.engine.parallel import groups
+
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -31,7 +33,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, _disable_gc
-from torch.distributed.checkpoint import CheckpointException, filesystem
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, SavePlan, SavePlanner, filesystem
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from silva.engine import optimizer_state
 from silva.engine.errors import UserError
@@ -165,12 +169,15 @@ class Saver:
         self.wait()
         self._target = self.folder / f"{PREFIX}{step:08d}"
         partial_folder = self._new_partial()
-        request = _request(partial_folder, _sharded_state(chunks, optimizer, loading=False))
+        state = _sharded_state(chunks, optimizer, loading=False)
+        request = _request(partial_folder, state, forked=self.asynchronous)
         request.add_finalize_fn(partial(self._publish, partial_folder, self._target, {"step": step, **run}))
-        if self.asynchronous and not wait:
-            self._calls.schedule_async_request(request)
-        else:
-            self._finishing(request.execute_sync)
+        if not self.asynchronous:
+            self._finishing(partial(_execute, request))
+            return
+        self._calls.schedule_async_request(request)
+        if wait:
+            self.wait()
 
     def poll(self) -> None:
         """Publish the checkpoint in flight if every rank has written its part; costs nothing where there is none.
@@ -222,38 +229,105 @@ class Saver:
             ) from error
 
 
-def _request(folder: Path, state: dict[str, Any]) -> AsyncRequest:
-    """megatron-core's plan of who writes what, with our way to write it."""
+def _request(folder: Path, state: dict[str, Any], *, forked: bool) -> AsyncRequest:
+    """megatron-core's plan of who writes what, with our way to write it.
+
+    Args:
+        forked: whether a forked process writes it.
+    """
     patched: Any = filesystem_async
     patched._results_queue = _Results()  # one for each save: nothing of a failed one is left in it
     content = {k: v for k, v in _metadata().items() if k != "dp_cp_group"}
     # later releases ask which library writes
     library = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options: dict[str, Any] = {"async_strategy": "mcore"} if library else {}
-    request: Any = dist_checkpointing.save(
-        state,
-        str(folder),
-        async_sharded_save=True,
-        content_metadata=content,
-        **options,
-    )
+    with _without_copies():
+        request: Any = dist_checkpointing.save(
+            state,
+            str(folder),
+            async_sharded_save=True,
+            content_metadata=content,
+            **options,
+        )
     if request.async_fn is None:  # nothing to write on this rank
         return request
     transforms = request.async_fn.args[0]
+    buckets = request.async_fn_args[1]
     return request._replace(
-        async_fn=partial(_write, transforms), preload_fn=partial(_staged, request.preload_fn)
+        async_fn=partial(_write, transforms), preload_fn=partial(_staged, buckets, forked=forked)
     )
 
 
-def _staged(preload: Callable[[], Any]) -> Any:
-    """What is written, in host memory that a forked writer sees as it is now."""
-    buckets = preload()
-    for _, _, (_, tensors) in buckets:
-        for place, (item, tensor) in enumerate(tensors):
-            # memory that is registered with the GPU's driver is not a forked process's own
-            if tensor.is_pinned():
-                tensors[place] = (item, tensor.clone())
-    return buckets
+@contextlib.contextmanager
+def _without_copies() -> Iterator[None]:
+    """While it lasts, megatron-core plans what is written without copying tensors of the host.
+
+    It copies every one that is a part of a larger storage, all at once; an optimizer's state on the host is. A part is
+    copied here when it is its turn to be written.
+    """
+    patched: Any = filesystem_async.FileSystemWriterAsync
+    original = patched.prepare_write_data
+    patched.prepare_write_data = _planned
+    try:
+        yield
+    finally:
+        patched.prepare_write_data = original
+
+
+def _planned(writer: Any, plan: SavePlan, planner: SavePlanner) -> None:
+    """In the place of `FileSystemWriterAsync.prepare_write_data`."""
+    buckets: list[Any] = []
+    for items in filesystem_async._split_by_size_and_type(writer.thread_count, plan.items):
+        found: tuple[list[Any], list[Any]] = [], []
+        for item in items:
+            found[item.type != WriteItemType.BYTE_IO].append((item, planner.resolve_data(item)))
+        if items:
+            name = f"{plan.storage_data.prefix}{len(buckets)}{filesystem_async.DEFAULT_SUFFIX}"
+            buckets.append((os.path.join(writer.checkpoint_dir, name), name, found))
+    writer.write_buckets = buckets
+    writer.results_queue = filesystem_async._get_write_results_queue() if buckets else None
+
+
+class _Parts(list[Any]):
+    """(item, tensor) pairs; each tensor has a storage of its own, for as long as it is looked at."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for item, tensor in super().__iter__():
+            yield item, _whole(tensor)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """torch would write all of the storage that it is a part of."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _staged(buckets: list[Any], *, forked: bool) -> list[Any]:
+    """What is written, in host memory; a forked writer sees it as it is now.
+
+    Not in page-locked memory, which torch would round up to powers of two and keep, and which is not a forked process's
+    own. Nor can that process copy: torch's threads do not survive the fork.
+    """
+
+    def staged(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        if not forked:
+            return tensor
+        return tensor.clone() if tensor.is_pinned() else _whole(tensor)
+
+    return [
+        (path, name, (objects, _Parts([(item, staged(tensor)) for item, tensor in tensors])))
+        for path, name, (objects, tensors) in buckets
+    ]
+
+
+def _execute(request: AsyncRequest) -> None:
+    """Write in this process. Unlike `AsyncRequest.execute_sync`, ranks that are done wait for hours for the others."""
+    if request.async_fn is not None:
+        rank, _, results = request.async_fn_args
+        request.async_fn(rank, request.preload_fn(), results)
+    groups.wait_for_all()
+    for finalize in request.finalize_fns:
+        finalize()
 
 
 @_disable_gc()  # in a forked writer it would free tensors of the GPU, which belong to the parent

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from silva.engine.errors import UserError
 
@@ -26,7 +28,8 @@ def is_first_process() -> bool:
 def run(work: Callable[[], None]) -> int:
     """Do the work; the exit code is 0, or 2 after one line on stderr for bad input.
 
-    Other processes of a run prefix theirs with the rank: a file can be missing on one node only.
+    Other processes of a run prefix theirs with the rank: a file can be missing on one node only. Where others are left
+    that this process has a group with, it does not return but ends at once, so that torchrun ends them too.
     """
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message)
@@ -36,5 +39,21 @@ def run(work: Callable[[], None]) -> int:
         who = "silva" if is_first_process() else f"silva (rank {os.environ['RANK']})"
         message = " ".join(str(error).splitlines())  # a library's words inside it may hold line breaks
         print(f"{who}: error: {message}", file=sys.stderr)
-        return 2
-    return 0
+        code = 2
+    except BaseException:
+        if not _others_are_left():
+            raise
+        traceback.print_exc()
+        code = 1
+    else:
+        return 0
+    if _others_are_left():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _others_are_left() -> bool:
+    dist: Any = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

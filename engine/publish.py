@@ -24,8 +24,7 @@ def export_checkpoint(recipe: Recipe) -> Path:
     Raises:
         UserError: the run has no checkpoint, or recipe and checkpoint do not belong together.
     """
-    groups.initialize(recipe.parallel, seed=recipe.seed)
-    try:
+    with groups.joined(recipe.parallel, seed=recipe.seed):
         saved = checkpoint.checkpoints(Path(recipe.output) / "checkpoints")
         if not saved:
             raise UserError(
@@ -39,8 +38,6 @@ def export_checkpoint(recipe: Recipe) -> Path:
         )
         checkpoint.load(saved[-1], chunks, None, recipe.identity)
         return export_model(chunks, recipe, folder, load_tokenizer(recipe, folder))
-    finally:
-        groups.shutdown()
 
 
 def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:

@@ -62,11 +62,8 @@ def train(recipe: Recipe) -> Summary:
     Raises:
         UserError: recipe, data, checkpoint or layout are unusable.
     """
-    groups.initialize(recipe.parallel, seed=recipe.seed)
-    try:
+    with groups.joined(recipe.parallel, seed=recipe.seed):
         return Trainer(recipe).run()
-    finally:
-        groups.shutdown()
 
 
 class Trainer:
@@ -113,9 +110,9 @@ class Trainer:
         self.optimizer = optimizer.build(self.chunks, recipe.training, recipe.parallel)
         self.say(f"computes   {backends.describe(recipe)}")
         saving = recipe.training
-        self.saver = checkpoint.Saver(
-            self.output / "checkpoints", keep=saving.keep, asynchronous=saving.async_save
-        )
+        # state that is on the host already would have to be there twice to be written behind training
+        behind = saving.async_save and not recipe.parallel.offload_optimizer
+        self.saver = checkpoint.Saver(self.output / "checkpoints", keep=saving.keep, asynchronous=behind)
 
     def _say_read(self, read: int, whole: int) -> None:
         every: list[Any] = [None] * groups.world_size()

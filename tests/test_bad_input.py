@@ -17,7 +17,7 @@ import tiny
 from safetensors.torch import load_file, save_file
 from worlds import world
 
-from silva.engine import export, train
+from silva.engine import cli, export, train
 
 
 class Ended(NamedTuple):
@@ -28,6 +28,7 @@ class Ended(NamedTuple):
 
 def _main(program: Any, arguments: list[str]) -> Ended:
     out, error = io.StringIO(), io.StringIO()
+    cli._others_are_left = lambda: False  # this process has more to tell than its end
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         code = program.main(arguments)
     return Ended(code, out.getvalue(), error.getvalue())

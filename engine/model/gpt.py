@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from silva.engine.parallel import groups
 from silva.engine.parallel.context import every_position, whole_row
 
+import megatron.core
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 Head = Literal["lm", "reward"]
 
+MEGATRON = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 ROW_MULTIPLE = 16  # tokens: what rows are padded to a multiple of, on every process
 
 
@@ -220,6 +222,11 @@ def build(
     return [_build_stage(config, shape, stage) for stage in stages]
 
 
+def frees_outputs(parallel: Parallel) -> bool:
+    """Whether a stage keeps nothing of what it has sent: before 0.18 interleaved ones free what is still being sent."""
+    return parallel.virtual_pipeline is None or MEGATRON >= (0, 18)
+
+
 def check_layout(shape: ModelShape, parallel: Parallel) -> None:
     """Raises UserError where the model cannot be split as `parallel` asks."""
     stage_layers(shape, parallel)
@@ -331,7 +338,7 @@ def _configuration(
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # demanded with variable lengths, of dense models too
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=frees_outputs(parallel),
         # losses come divided by the global count: gradients are plain sums over micro-batches and processes
         calculate_per_token_loss=True,
         **options,

@@ -67,22 +67,22 @@ def export(
     limit = _bytes(max_shard_size)
     jobs = _jobs(Path(folder), head, reward_format)
     check_target(folder, head=head, reward_format=reward_format)
-    dist.barrier()  # every process has looked before the first one writes
+    groups.wait_for_all()  # every process has looked before the first one writes
     for target, score in jobs:
         partial = target.with_name(target.name + ".partial")
         if groups.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier()
+        groups.wait_for_all()
         _write_stage(chunks, shape, partial, dtype=dtype, score=score, limit=limit)
-        dist.barrier()
+        groups.wait_for_all()
         if groups.rank() == 0:
             _join_stages(partial)
             _write_companions(Path(source), partial, shape, dtype=dtype, score=score)
             if finish is not None:
                 finish(partial)
             _publish(partial, target)
-        dist.barrier()
+        groups.wait_for_all()
     return [target for target, _ in jobs]
 
 

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +60,23 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(parallel: Parallel, *, seed: int = 0) -> Iterator[None]:
+    """`initialize`, and `shutdown` at the end.
+
+    A process that fails does not leave a world of others: they may stand in a collective, and NCCL would wait for it to
+    end before it lets this one go, which would never say what is wrong. `cli.run` says it and ends the process.
+    """
+    initialize(parallel, seed=seed)
+    try:
+        yield
+    except BaseException:
+        if world_size() == 1:
+            shutdown()
+        raise
+    shutdown()
 
 
 def _join_world() -> None:

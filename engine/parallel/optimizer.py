@@ -168,6 +168,12 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
     """
     register(always=parallel.offload_optimizer)
     config: Any = chunks[0].config
+    # main weights are made on the GPU, all of them, before they move: the gradients give them their place
+    every: list[Any] = list(chunks)
+    gradients = [b.grad_data for chunk in every for b in chunk.buffers] if parallel.offload_optimizer else []
+    sizes = [x.untyped_storage().nbytes() for x in gradients]
+    for x in gradients:
+        x.untyped_storage().resize_(0)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -186,10 +192,12 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
     )
     if parallel.offload_optimizer:
         keep_on_host(optimizer)
+    for x, size in zip(gradients, sizes, strict=True):
+        x.untyped_storage().resize_(size)
+        x.zero_()
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = _sum_gradients
     if parallel.overlap:
-        every: list[Any] = list(chunks)
         interleaved = len(every) > 1
         config.no_sync_func = [c.no_sync for c in every] if interleaved else every[0].no_sync
         if interleaved:

@@ -219,7 +219,7 @@ def _step(job: Job, chunk: Any, meter: Meter) -> Chunk:
         shape = tuple(out.shape)
         forward, highest = meter.cost, meter.peak
         if not model.post_process:
-            deallocate_output_tensor(out, True)
+            deallocate_output_tensor(out, True)  # where it is not, `memory.budget` counts it
         pools = _pool_bytes() - shared
         saved = meter.live - before - pools
         meter.restart()

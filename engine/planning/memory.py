@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from silva.engine.config import Parallel
+from silva.engine.model.gpt import frees_outputs
 from silva.engine.planning.built import Chunk, Job, Stage
 from silva.engine.planning.hardware import Assumptions, Gpu
 
@@ -40,6 +41,8 @@ class Budget:
 def budget(stage: Stage, place: int, job: Job, micro_batches: int, assumptions: Assumptions) -> Budget:
     """Of pipeline stage `place`, when every replica passes `micro_batches` rows through it per step."""
     activations, in_flight = held(stage.chunks, place, job.parallel, micro_batches)
+    if not frees_outputs(job.parallel):
+        activations += in_flight * exchanged_bytes(job)
     workspace = max(max(chunk.forward_peak, chunk.backward_peak) for chunk in stage.chunks)
     communication = stage.buffers
     if job.parallel.pipeline > 1:  # one tensor being received in each direction

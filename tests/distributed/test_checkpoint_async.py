@@ -45,7 +45,8 @@ def run_ahead_of_the_writers(recipe: Recipe) -> None:
 
     def slow(transforms: Any, rank: int, buckets: Any, results: Any) -> None:
         number = int(Path(buckets[0][0]).parent.name.removeprefix(checkpoint.PREFIX)[:8])
-        while os.getpid() != own and not (gates / f"done-{number}").exists():
+        behind = os.getpid() != own and number < recipe.training.max_steps  # the last one is waited for
+        while behind and not (gates / f"done-{number}").exists():
             time.sleep(0.01)
         write(transforms, rank, buckets, results)
 

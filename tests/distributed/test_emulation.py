@@ -37,7 +37,7 @@ CALLERS: dict[str, set[str]] = {
     },
     "torch.cuda.synchronize": {
         PIPELINE + "p2p_communication",
-        CORE + "dist_checkpointing.strategies.filesystem_async",
+        CORE + "dist_checkpointing.strategies.async_utils",
     },
     # from 0.19 on
     "torch.cuda.current_stream": {BUFFERS} if VERSION >= (0, 19) else set(),

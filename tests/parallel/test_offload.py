@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from silva.engine.parallel import offload
+from silva.engine.parallel import offload, optimizer
 
 import pytest
+import random_models
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -107,6 +108,36 @@ def test_a_checkpoint_goes_on_with_and_without_it(before, after, model, data, tm
     assert metrics(half) == metrics(tmp_path / "whole")[2:]
     ours, theirs = exported(half), exported(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def bytes_while_built(recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes of gradient buffers while main weights are made and afterwards; of the latter all that are not zero."""
+    [bare], _ = random_models.build(Path(recipe.model.path), recipe.parallel, dtype=torch.bfloat16)
+    [chunk] = optimizer.wrap([bare], recipe.parallel)
+    make, during = optimizer.get_megatron_optimizer, []
+
+    def held() -> int:
+        return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in chunk.buffers)
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        during.append(held())
+        return make(*arguments, **options)
+
+    optimizer.get_megatron_optimizer = recorded  # this process ends with the world
+    optimizer.build([chunk], recipe.training, recipe.parallel)
+    return during[0], held(), sum(int(buffer.grad_data.count_nonzero()) for buffer in chunk.buffers)
+
+
+def test_main_weights_are_made_where_the_gradients_will_be(model, data, tmp_path):
+    """Both at once would be 10 bytes a weight, 80 GiB of CodeLlama-70B on eight GPUs."""
+    for offloaded in (True, False):
+        recipe = tiny.recipe(
+            "nca", model, data, tmp_path, **settings("bfloat16", {"offload_optimizer": offloaded})
+        )
+        [(during, after, left)] = world(1, bytes_while_built, recipe)
+        assert after > 0
+        assert during == (0 if offloaded else after)
+        assert left == 0
 
 
 def test_host_memory_is_taken_in_slabs_that_are_filled_up(monkeypatch):
