@@ -8,6 +8,7 @@ memory, a forked process of every rank writes its part, and the whole is publish
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import json
 import os
@@ -15,6 +16,8 @@ import pickle
 import queue
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -336,6 +339,8 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], results: _Resul
 
     megatron-core 0.16 forks a process for each, and waits for ever if one of them is killed.
     """
+    if os.getpid() != results.owner:
+        _end_with(results.owner)
     answers: queue.Queue[Any] = queue.Queue()
     tickets: queue.Queue[int] = queue.Queue()
 
@@ -352,6 +357,16 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], results: _Resul
     results.put(failed[0] if failed else found)
 
 
+def _end_with(parent: int) -> None:
+    """Have this process killed when its parent ends: a forked writer holds the GPU's memory for as long as it lives,
+    and the run that is started again needs it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was faster
+            os._exit(1)
+
+
 class _Results:
     """Carries what was written from a rank's writer, a forked process or the rank itself, to the rank.
 
@@ -360,6 +375,7 @@ class _Results:
     """
 
     def __init__(self) -> None:
+        self.owner = os.getpid()
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the save
 
     def put(self, results: Any) -> None:

@@ -190,3 +190,23 @@ def test_results_of_a_killed_writer_are_an_error():
     assert isinstance(results.get_nowait(), RuntimeError)
     results._file.write(b"\x80\x04")  # the beginning of a pickle
     assert isinstance(results.get_nowait(), RuntimeError)
+
+
+def test_a_writer_ends_with_the_process_that_trains():
+    """However that one ends; else it would hold the GPU's memory against the run that is started again."""
+    read, write = os.pipe()
+    training = os.fork()
+    if training == 0:
+        owner = os.getpid()
+        if os.fork() == 0:
+            checkpoint._end_with(owner)
+            os.write(write, b"at work")
+            time.sleep(600)
+        os.read(read, 7)
+        os.kill(owner, signal.SIGKILL)
+    os.close(write)
+    os.waitpid(training, 0)
+    began = time.monotonic()
+    assert os.read(read, 7) == b""  # nobody is left who could write
+    assert time.monotonic() - began < 60
+    os.close(read)
