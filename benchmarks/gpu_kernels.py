@@ -39,7 +39,7 @@ TESTS = {
 }
 # the rows that decide first; a GPU of 80 GB holds all of them
 SIZES = (8192, 16384)
-REPORTING = 8  # seconds that unfinished tests get to report what they have
+REPORTING = 12  # seconds that unfinished tests get to report what they have; xdist takes 7 to stop
 NAMES = ("trees", "documents", "pairs", "causal")
 # what --smoke leaves of files and rows: every path through this module, in the time an interpreter takes
 SMOKE_TESTS, SMOKE_NAMES = ("tree_blocks", "layers"), ("trees", "causal")
@@ -98,8 +98,11 @@ def start(name: str, folder: Path, session: Session) -> subprocess.Popen[bytes]:
 
 def cut(report: Path, name: str, began: float) -> Outcome:
     """Of a file that was not finished."""
+    why = f"not finished after {time.monotonic() - began:.0f} s"
+    if not report.exists():
+        raise SystemExit(why)
     found = outcome(report, name, began)
-    return Outcome(found.rows, f"not finished after {time.monotonic() - began:.0f} s; {found.failed or ''}")
+    return Outcome(found.rows, f"{why}; {found.failed}" if found.failed else why)
 
 
 def outcome(report: Path, name: str, began: float) -> Outcome:
