@@ -137,7 +137,7 @@ def facts() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             driver = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split()
-        except (OSError, subprocess.TimeoutExpired):  # not on the path of every container
+        except (OSError, subprocess.TimeoutExpired):  # not on every container's path; or the driver is stuck
             driver = []
         found |= {
             "driver": driver[0] if driver else "unknown",

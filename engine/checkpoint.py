@@ -279,17 +279,17 @@ def _without_copies() -> Iterator[None]:
 
 def _planned(writer: Any, plan: SavePlan, planner: SavePlanner) -> None:
     """In the place of `FileSystemWriterAsync.prepare_write_data`."""
-    patched: Any = filesystem_async
+    library: Any = filesystem_async
     buckets: list[Any] = []
-    for items in filesystem_async._split_by_size_and_type(writer.thread_count, plan.items):
+    for items in library._split_by_size_and_type(writer.thread_count, plan.items):
         found: tuple[list[Any], list[Any]] = [], []
         for item in items:
             found[item.type != WriteItemType.BYTE_IO].append((item, planner.resolve_data(item)))
         if items:
-            name = f"{plan.storage_data.prefix}{len(buckets)}{filesystem_async.DEFAULT_SUFFIX}"
+            name = f"{plan.storage_data.prefix}{len(buckets)}{library.DEFAULT_SUFFIX}"
             buckets.append((os.path.join(writer.checkpoint_dir, name), name, found))
     writer.write_buckets = buckets
-    writer.results_queue = patched._results_queue if buckets else None
+    writer.results_queue = library._results_queue if buckets else None
 
 
 class _Parts(list[Any]):

@@ -104,7 +104,7 @@ class Trainer:
         )
         self.reference, self.validation_reference = self._reference(bare, dtype)
         self.newest = self._newest_checkpoint()
-        if self.newest is None:  # which fills every parameter
+        if self.newest is None:  # a checkpoint fills every parameter
             self._say_read(*hf.load(bare, self.model_folder, self.shape))
         self.chunks: list[Any] = [*optimizer.wrap(bare, recipe.parallel)]
         self.optimizer = optimizer.build(self.chunks, recipe.training, recipe.parallel)

@@ -34,7 +34,6 @@ def fuse(chunks: Sequence[nn.Module]) -> None:
         for module in chunk.modules():
             if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
                 own: Any = module
-                buffer = getattr(
-                    own.weight, "main_grad", None
-                )  # a tied output layer has no weight of its own
+                # a tied output layer has no weight of its own
+                buffer = getattr(own.weight, "main_grad", None)
                 own.gradient_accumulation_fusion = buffer is not None and buffer.dtype == torch.float32
