@@ -42,9 +42,8 @@ def sharded(
         metadata: how optimizers that are not distributed name their state.
         loading: whether it will be read into. The distributed optimizer's moments are allocated, if they are not yet.
     """
-    [one] = (
-        optimizer.chained_optimizers
-    )  # several are for experts and for frozen parts, which there are none of
+    # several are for experts and for frozen parts, which there are none of
+    [one] = optimizer.chained_optimizers
     if isinstance(one, DistributedOptimizer):
         return _distributed(model, one, loading=loading)
     found = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
