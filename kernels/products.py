@@ -1,4 +1,4 @@
-"""Matrix products of narrow operands into a wide matrix, which may be added to: what cuBLAS does in one launch."""
+"""Multiplies matrices of narrow operands into a wide matrix, which may be added to: what cuBLAS does in one launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, accumulated and rounded in `out`'s type.
+    """Compute out = a @ b, or out += a @ b, accumulated and rounded in `out`'s type.
 
     Args:
         a: (M, K), of `out`'s dtype or, if that is float32, bfloat16 or float16.
@@ -18,10 +18,22 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """
     if a.is_meta:  # nothing is computed, and torch 2.11 cannot say the result's shape of a sum of two types
         add = False
-    elif a.dtype != out.dtype and not a.is_cuda:  # only cuBLAS multiplies narrow types into a wide one
-        a, b = a.to(out.dtype), b.to(out.dtype)
+    elif not a.is_cuda:
+        if a.dtype != out.dtype:  # only cuBLAS multiplies narrow types into a wide one
+            a, b = a.to(out.dtype), b.to(out.dtype)
+        a, b = _without_gaps(a), _without_gaps(b)
     options: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if add:
         torch.addmm(out, a, b, out=out, **options)
     else:
         torch.mm(a, b, out=out, **options)
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """Copy a narrow matrix whose rows lie apart.
+
+    On CPUs with AMX, oneDNN's bfloat16 product also reads what stands between the rows and multiplies it by zero: NaN
+    where that is memory that nobody wrote (torch 2.13).
+    """
+    rows = x if x.stride(1) == 1 else x.T
+    return x if x.dtype.itemsize != 2 or rows.is_contiguous() else x.contiguous()

@@ -31,3 +31,18 @@ def test_a_transposed_operand_adds_in_float32(tokens, rows, columns, dtype, add,
     assert float((out.double().cpu() - exact).abs().max()) <= bound
     assert torch.isnan(buffer[:32]).all()
     assert torch.isnan(buffer[-32:]).all()
+
+
+@pytest.mark.parametrize("columns", [11, 122, 123])
+def test_what_stands_between_rows_is_not_read(columns, device):
+    """A block of a larger tile, whose other columns nobody has written: oneDNN's AMX product multiplied them by zero."""
+    draw = torch.Generator().manual_seed(columns)
+    tile = torch.full((64, 128), torch.nan, dtype=torch.bfloat16, device=device)
+    block = tile[:, :columns].copy_(torch.randn(64, columns, generator=draw))
+    weight = torch.randn(columns, 12, generator=draw).to(device, torch.bfloat16)
+    out = torch.empty(64, 12, dtype=torch.bfloat16, device=device)
+    product(block, weight, out)
+    torch.testing.assert_close(out.double(), block.double() @ weight.double(), rtol=2**-8, atol=2**-6)
+    transposed = torch.empty(columns, 64, dtype=torch.bfloat16, device=device)
+    product(block.T, torch.eye(64, dtype=torch.bfloat16, device=device), transposed)
+    assert torch.equal(transposed, block.T)
