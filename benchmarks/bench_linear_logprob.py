@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,6 +23,8 @@ from torch import Tensor
 from benchmarks import common, kernel_common
 from benchmarks.installed import absent
 from benchmarks.kernel_common import MEBIBYTE
+from silva.engine.planning.built import without_launches
+from silva.engine.planning.meter import Meter
 from silva.kernels import linear_logprob as ours
 from silva.kernels import reference
 
@@ -63,9 +63,6 @@ class Problem:
 
     def both(self) -> list[Tensor]:
         return self.backward(ours.linear_logprob(self.hidden, self.weight, self.target), self.grad)
-
-    def known(self) -> list[Tensor]:
-        return self.backward(ours.linear_logprob_sum(self.hidden, self.weight, self.target, self.grad)[0])
 
     def logits(self) -> list[Tensor]:
         return self.backward(
@@ -152,10 +149,10 @@ def check(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device)
     h, w = (x.detach().double().requires_grad_() for x in (problem.hidden, problem.weight))
     value = reference.linear_logprob(h, w, problem.target)
     truth = torch.autograd.grad((value * problem.grad.double()).sum(), (h, w))
-    found = [problem.both()[0], *problem.both()[1:], *problem.known()[1:]]
+    found = problem.both()
     errors = [
         float((a.double() - b.detach()).abs().max() / b.detach().abs().max())
-        for a, b in zip(found, (value, *truth, *truth), strict=True)
+        for a, b in zip(found, (value, *truth), strict=True)
     ]
     # float32 sums in the log-probs; two roundings in the gradients
     if errors[0] > 1e-5 or max(errors) > max(1e-5, 2 * torch.finfo(dtype).eps):
@@ -181,7 +178,6 @@ def time_shape(
         "ours, forward": (problem.forward, 1),
         "products, all three": (problem.three_products, 3),
         "ours": (problem.both, 3),
-        "ours, known coefficients": (problem.known, 3),
         "plain logits": (problem.logits, 3),
     }
     runs |= {name: (functools.partial(PEERS[name][1], problem), 3) for name in peers}
@@ -203,26 +199,13 @@ def time_shape(
 # ---------------------------------------------------------------- memory
 
 
-@contextmanager
-def _only_allocations() -> Iterator[None]:
-    """The GPU's path without its work: products write into given memory, and kernels allocate nothing."""
-
-    def nothing(*arguments: Any, **options: Any) -> None:
-        pass  # a Mock would keep the arguments alive
-
-    with ExitStack() as patches:
-        for name in ("_product", "_reduce", "_slope"):
-            patches.enter_context(mock.patch.object(ours, name, nothing))
-        yield
-
-
 def counted(shape: tuple[int, int, int], dtype: torch.dtype) -> list[dict[str, Any]]:
     """Bytes that live at once on a GPU, from the allocations of the code itself, on tensors without memory."""
     rows = []
-    for name in ("forward", "both", "known", "logits"):
+    for name in ("forward", "both", "logits"):
         problem = Problem(shape, dtype, torch.device("meta"))
         given = (problem.hidden, problem.weight, problem.target, problem.grad)
-        with _only_allocations(), kernel_common.LiveBytes(*given) as live:
+        with without_launches(Meter()), kernel_common.LiveBytes(*given) as live:
             result = getattr(problem, name)()
         gradients = sum(x.nbytes for x in result[1:]) if isinstance(result, list) else 0
         rows.append({"what": name, "peak": live.peak, "gradients": gradients})
@@ -299,7 +282,6 @@ def main() -> None:
         first = {row["what"]: row["ms"] for row in rows if row["shape"] == rows[0]["shape"]}
         figures["forward_over_product"] = first["product, forward"] / first["ours, forward"]
         figures["both_over_products"] = first["ours"] / first["products, all three"]
-        figures["known_over_products"] = first["ours, known coefficients"] / first["products, all three"]
     kernel_common.report(figures, rows, options.out)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks import common, kernel_common
 from benchmarks.kernel_common import MEBIBYTE
-from silva.engine.config import Objective
 from silva.engine.objectives import OBJECTIVES
+from silva.engine.recipe.schema import Objective
 from silva.kernels.dispatch import runs_kernels
 from silva.kernels.preference_loss import PreferenceLoss, Structure, preference_loss
 from silva.kernels.reference import sequence_sums

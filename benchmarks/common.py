@@ -18,14 +18,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shapes import Tree, group
-from silva.engine.config import Data, Source
+from benchmarks.ultrainteract import Tree, group
 from silva.engine.data import pipeline
-from silva.engine.data.chat import ChatTokenizer
 from silva.engine.data.dataset import DataSet, prepare
 from silva.engine.data.encoding import Unit
 from silva.engine.data.report import Report
+from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Data, Source
 
 
 def source(text: str, **more: Any) -> Source:

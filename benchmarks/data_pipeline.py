@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from silva.engine.config import Data, Source
 from silva.engine.data import pipeline
-from silva.engine.data.chat import ChatTokenizer
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.encoding import Encoder
-from silva.engine.data.formats import read_groups
+from silva.engine.data.reading.source import SourceReader
 from silva.engine.data.report import Report
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.recipe.schema import Data, Source
 from silva.recipes.mini.make_model import make
 
 MINI = Path(__file__).resolve().parents[1] / "recipes" / "mini"
@@ -49,7 +49,7 @@ def measure(folder: Path, copies: int, workers: int) -> None:
     rows = write_rows(folder / "pair.jsonl", copies)
     tokenizer = ChatTokenizer.load(str(model))
     source = Source(path=str(rows), format="ultrainteract_pair")
-    job = pipeline.Job(source, Encoder(tokenizer, Data(train=[source], row_length=4096), "comparison"))
+    job = pipeline.SourceTask(source, Encoder(tokenizer, Data(train=[source], row_length=4096), "comparison"))
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
@@ -98,7 +98,7 @@ def write_rows(path: Path, copies: int) -> Path:
     return path
 
 
-def peak_memory_of_building(job: pipeline.Job, cache: Path, workers: int) -> tuple[int, int]:
+def peak_memory_of_building(job: pipeline.SourceTask, cache: Path, workers: int) -> tuple[int, int]:
     """Builds the cache in a process of its own; peak KiB of that process and of its largest worker."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -118,7 +118,8 @@ def peak_memory_of_building(job: pipeline.Job, cache: Path, workers: int) -> tup
 
 def check(data: DataSet, source: Source, tokenizer: ChatTokenizer) -> None:
     """Both sides of every comparison come back token by token, in every `CHECK_EVERY`-th tree."""
-    groups = read_groups(source, kind="comparison", on_bad_row="refuse", report=Report())
+    reader, report = SourceReader(source, "comparison", "refuse"), Report()
+    groups = reader.groups(reader.rows(report), report)
     for k, group in enumerate(groups):
         if k % CHECK_EVERY:
             continue

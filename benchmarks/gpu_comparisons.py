@@ -1,7 +1,6 @@
 """What the part "step" of `gpu.py` computes: UltraInteract-shaped comparisons and answers, as rows and as pairs.
 
-Operations counted are those that a layout's own tokens need: 6 per weight and token, 12 x head size per head and
-visible pair, 6 per weight of the output matrix and scored position; no padding, nothing computed twice.
+Operations counted are those that a layout's own tokens need (`silva.engine.model.flops.needed`).
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import common, shapes
+from benchmarks import common, ultrainteract
 from benchmarks.tree_step import tree_rows, unrolled_rows
-from silva.engine.data.chat import TokenSequence
 from silva.engine.data.dataset import DataSet
-from silva.engine.data.group import TokenGroup
-from silva.engine.data.loader import BatchPlan, GlobalBatch
-from silva.engine.data.packing import Piece, TreeBatch, pack_row
-from silva.engine.data.tree import merge
-from silva.engine.model import gpt
+from silva.engine.data.loader import BatchLoader
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.trees.tree import merge
+from silva.engine.model import flops, gpt
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.objectives import OBJECTIVES
-from silva.engine.planning.shapes import NAMED
+from silva.engine.planning.named_models import NAMED
 
 # standard deviation of a random model's logits: what weights drawn with 0.02 give at a hidden size of 4,096
 SPREAD = 1.28
@@ -63,11 +62,8 @@ class Counts(NamedTuple):
     scored: int  # positions whose logits are needed
 
     def operations(self, shape: ModelShape) -> float:
-        """Floating-point operations of a forward and a backward pass, as the module says."""
-        attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
-        weights = shape.layers * (attention + 3 * shape.hidden * shape.ffn)
-        found = 6.0 * weights * self.tokens + 6.0 * shape.hidden * shape.vocab * self.scored
-        return found + 12.0 * shape.layers * shape.heads * shape.head_dim * self.pairs
+        """Count the floating-point operations of a forward and a backward pass."""
+        return flops.needed(shape, "lm").of(**self._asdict())
 
     @classmethod
     def of_rows(cls, rows: Sequence[TreeBatch]) -> Counts:
@@ -97,23 +93,6 @@ class Case:
     scored: int  # scored tokens of all sequences
     unrolled: int  # tokens of all sequences, each once
 
-    def batch(self, layout: str) -> GlobalBatch:
-        """What the trainer is given; the rows in it are packed already."""
-        rows: Any = self.rows[layout]
-        pairwise = self.objective != "sft"
-        return GlobalBatch(
-            rows=rows,
-            mismatched=[],
-            comparisons=self.units if pairwise else 0,
-            sides=2 * self.units if pairwise else 0,
-            sequences=self.sequences,
-            mismatched_sequences=0,
-            scored=self.scored,
-            unrolled=self.unrolled,
-            tokens=np.array([[len(row.tokens) for row in rows]]),
-            imbalance=1.0,
-        )
-
     def counts(self, layout: str) -> Counts:
         """Of a layout of `rows`, or of the sequences as they are padded together."""
         if layout in self.rows:
@@ -129,12 +108,12 @@ class Case:
     @property
     def count(self) -> int:
         """What the loss is divided by."""
-        return self.units if OBJECTIVES[self.objective].unit == "comparison" else self.scored
+        return self.units if OBJECTIVES[self.objective].pairwise else self.scored
 
 
 def nca(size: Size) -> Case:
     data = common.synthetic(
-        shapes.ultrainteract(size.trees, vocabulary=size.shape.vocab, scale=size.scale, only="interactive"),
+        ultrainteract.trees(size.trees, vocabulary=size.shape.vocab, scale=size.scale, only="interactive"),
         size.row_length,
     )
     members = [data.group(k) for k in range(len(data))]
@@ -158,12 +137,12 @@ def nca(size: Size) -> Case:
 def sft(size: Size) -> Case:
     """Correct actions as answers to their instructions, without what was tried before."""
     found = []
-    for tree in shapes.ultrainteract(size.answers, vocabulary=size.shape.vocab, scale=size.scale):
+    for tree in ultrainteract.trees(size.answers, vocabulary=size.shape.vocab, scale=size.scale):
         answers = tuple(((chosen[0], chosen[-1]), rejected) for chosen, rejected in tree.pairs)
-        group = shapes.group(replace(tree, pairs=answers))
+        group = ultrainteract.group(replace(tree, pairs=answers))
         found.append(replace(group.subset(np.unique(group.comparisons[:, 0])), instruction=group.instruction))
     data = DataSet.of(found)
-    plan = BatchPlan(data, unit="sequence", global_batch=data.sequences, row_length=size.row_length)
+    plan = BatchLoader(data, unit="sequence", global_batch=data.sequences, row_length=size.row_length)
     sequences = [each for k in range(len(data)) for each in data.group(k).sequences()]
     rows = {"trees": _packed(plan[0].rows), "unrolled": _packed(_documents(sequences, size.row_length))}
     pairs = [(sequences[k : k + 2], torch.zeros(0)) for k in range(0, len(sequences), 2)]

@@ -2,7 +2,7 @@
 
 For every row that the part "step" has recorded of the engine: the same model, layout and number of rows, their mean
 length for the time and the longest one for the memory. Causes are compared with the profiled groups of kernels: the
-planner counts the output matrix among the products, and for every token; the groups have it under log-probs.
+planner counts the output matrix among the products, the groups have it under log-probs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from silva.engine.parallel import groups  # noqa: F401  prepares megatron-core before anything imports it
+from silva.engine.parallel.forked import isolated_each
 
 import torch
 
@@ -22,7 +23,6 @@ from benchmarks.gpu_step import CARDS, recipe
 from silva.engine.planning import built
 from silva.engine.planning.built import Job, Stage
 from silva.engine.planning.hardware import GIB, GPUS, Assumptions, Gpu
-from silva.engine.planning.isolated import isolated_each
 from silva.engine.planning.memory import budget
 from silva.engine.planning.predict import padded
 from silva.engine.planning.step_time import Load, StepTime, micro_batches, step_time
@@ -69,10 +69,13 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 def lines(row: Row, share: Row | None, gpu: Gpu, smoke: bool) -> list[Row]:
     """Seconds of a step by cause and GiB, each predicted and measured."""
     mean, longest = (
-        job(row["objective"], length, smoke) for length in (row["padded"] / row["rows"], row["longest"])
+        job(row["objective"], length, row["scored"] / row["tokens"], smoke)
+        for length in (row["padded"] / row["rows"], row["longest"])
     )
     stage, wide = isolated_each(built.measure, [(mean, 0), (longest, 0)])
-    load = Load(rows=row["rows"], tokens=row["tokens"], depth=row["pairs"] / row["tokens"])
+    load = Load(
+        rows=row["rows"], tokens=row["tokens"], depth=row["pairs"] / row["tokens"], scored=row["scored"]
+    )
     time = step_time(mean, [stage], load, gpu, Assumptions())
     return [
         {"objective": row["objective"], "layout": row["layout"], **line}
@@ -80,8 +83,8 @@ def lines(row: Row, share: Row | None, gpu: Gpu, smoke: bool) -> list[Row]:
     ]
 
 
-def job(objective: str, length: float, smoke: bool) -> Job:
-    """What the part "step" ran, with rows of `length` tokens."""
+def job(objective: str, length: float, scored: float, smoke: bool) -> Job:
+    """What the part "step" ran, with rows of `length` tokens of which a share is scored."""
     size = SMOKE if smoke else FULL
     made = recipe(objective, size)
     # the planner steps a row of equal sequences, so that its length is a multiple of their number
@@ -94,6 +97,7 @@ def job(objective: str, length: float, smoke: bool) -> Job:
         dtype=torch.bfloat16,
         world=1,
         row_length=-(-tokens // built.SEQUENCES) * built.SEQUENCES,
+        scored=scored,
     )
 
 

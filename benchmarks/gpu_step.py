@@ -1,8 +1,8 @@
 """The part of `gpu.py` about whole training steps: the engine on trees, on unrolled sequences, and transformers.
 
-The engine's step is its trainer's own (`Trainer.train_step`): forward, backward, clipping and AdamW over packed rows,
-bfloat16 with float32 gradients, main weights and moments, nothing recomputed. Three ways over the same comparisons
-(for SFT: over the same answers), with the same weights:
+The engine's step is the one it trains with (`Step.update_rows`): forward, backward, clipping and AdamW over packed
+rows, bfloat16 with float32 gradients, main weights and moments, nothing recomputed. Three ways over the same
+comparisons (for SFT: over the same answers), with the same weights:
 
 - trees: as the engine packs them;
 - unrolled: every sequence a document of its own, rows packed by the engine too;
@@ -23,7 +23,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from silva.engine.parallel import groups, optimizer
@@ -41,14 +40,13 @@ from benchmarks.gpu_comparisons import CASES, FULL, SMOKE, SPREAD, Case, Size
 from benchmarks.gpu_profile import shares
 from benchmarks.gpu_record import Row
 from benchmarks.gpu_session import Session, begin
-from silva.engine import checkpoint
-from silva.engine.config import Parallel, Recipe
-from silva.engine.data.chat import TokenSequence
+from silva.engine.data.text.chat import TokenSequence
 from silva.engine.model import gpt, hf
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.planning.hardware import GIB, GPUS, Gpu
-from silva.engine.trainer import Trainer
+from silva.engine.recipe.schema import Parallel, Recipe
+from silva.engine.training.step import Step, StepSettings
 
 # What a GPU calls itself, where its figures are known.
 CARDS = {
@@ -60,6 +58,7 @@ CARDS = {
     "NVIDIA A100-SXM4-40GB": "a100-40g",
 }
 BETA = 0.1
+RATE = 1e-30  # changes no weight, and a learning rate of 0 is none
 # Relative. Two bfloat16 passes over the same tokens in other rows: a token's log-prob is off by some 2^-8 of its
 # logits' spread, 0.005, a sequence's, the sum of hundreds, by 0.1, a reward by 0.01, the loss, a mean over some tens
 # of comparisons, by 0.002. A wrong mask, position or pair changes it by its own size.
@@ -102,50 +101,41 @@ def attention_of_transformers() -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
-class Engine(Trainer):
-    """The trainer's step, of rows that are packed already and a model from memory: no tokenizer, no run's folder."""
+class Engine:
+    """The engine's step over rows that are packed already and a model from memory."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self._recipes = {name: recipe(name, size) for name in CASES}
-        self.take("sft")
-        self.steps, self.reference = 1, None
-        # asked to finish where a loss is not finite
-        self.saver = checkpoint.Saver(Path("unused"), keep=1, asynchronous=False)
-        layout = self.recipe.parallel
+        self.settings = {
+            name: StepSettings(recipe(name, size).objective, gpt.ROW_MULTIPLE, pad_id=0) for name in CASES
+        }
+        made = recipe("sft", size)
         with tempfile.TemporaryDirectory() as folder:
             random_model(size.shape, device).save_pretrained(folder)
-            self.shape = hf.read_shape(folder)
-            if self.shape != size.shape:
-                raise SystemExit(f"the checkpoint has another shape: {self.shape}, not {size.shape}")
-            bare = gpt.build(self.shape, layout, head=self.objective.head, dtype=torch.bfloat16)
-            hf.load(bare, folder, self.shape)
-        self.chunks = [*optimizer.wrap(bare, layout)]
-        self.optimizer = optimizer.build(self.chunks, self.recipe.training, layout)
-        step = self.optimizer.step
+            shape = hf.read_shape(folder)
+            if shape != size.shape:
+                raise SystemExit(f"the checkpoint has another shape: {shape}, not {size.shape}")
+            bare = gpt.build(shape, made.parallel, head="lm", dtype=torch.bfloat16)
+            hf.load(bare, folder, shape)
+        chunks = optimizer.wrap(bare, made.parallel)
+        built = optimizer.build(chunks, made.training, made.parallel)
+        update = built.step
 
         def recorded() -> Any:
             with record_function("optimizer"):
-                return step()
+                return update()
 
-        self.optimizer.step = recorded
-
-    def take(self, objective: str) -> None:
-        """What the next steps minimise."""
-        self.recipe, self.objective = self._recipes[objective], OBJECTIVES[objective]
-
-    def rows(self, rows: Any, reference: Any = None) -> Any:
-        return rows
+        built.step = recorded
+        self.made = Step(chunks, built, OBJECTIVES["sft"], self.settings["sft"])
 
     def step(self, case: Case, layout: str) -> tuple[float, float]:
         """Loss and gradient norm."""
-        self.take(case.objective)
-        found = self.train_step(0, case.batch(layout))
+        self.made.objective, self.made.settings = OBJECTIVES[case.objective], self.settings[case.objective]
+        found = self.made.update_rows(case.rows[layout], case.count, rate=RATE)
         return found["loss"], found["gradient_norm"]
 
 
 def recipe(objective: str, size: Size) -> Recipe:
-    # 1e-30 changes no weight, and a learning rate of 0 is none
-    training = {"global_batch": 1, "learning_rate": 1e-30, "schedule": "constant", "warmup": 0.0}
+    training = {"global_batch": 1, "learning_rate": RATE, "schedule": "constant", "warmup": 0.0}
     return Recipe.model_validate(
         {
             "output": "unused",

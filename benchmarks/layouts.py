@@ -18,29 +18,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from silva.engine.parallel.forked import world
+
 import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks import common, shapes
-from silva.engine import trainer
-from silva.engine.config import Recipe
+from benchmarks import common, ultrainteract
 from silva.engine.objectives import OBJECTIVES
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import trainer
 
 TOLERANCE = 1e-5  # float32 sums in another order, over three optimizer steps
 STEPS = 3
@@ -141,71 +138,33 @@ def count_sent(sent: Counter[str]) -> None:
 
 
 def on_processes(size: int, recipe: Recipe) -> Counter[str]:
-    """Train `recipe` on a gloo world of `size` forked processes; what the rank that sends most sends in a step."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(size)]
-        processes = [
-            context.Process(target=_process, args=(rank, size, folder, recipe, pipes[rank][1]))
-            for rank in range(size)
-        ]
-        for process, (_, theirs) in zip(processes, pipes, strict=True):
-            process.start()
-            theirs.close()
-        answers = []
-        for ours, _ in pipes:
-            try:
-                answers.append(ours.recv())
-            except EOFError:
-                answers.append("a process died without a word")
-        for process in processes:
-            process.join()
-    failed = [answer for answer in answers if isinstance(answer, str)]
-    if failed:
-        raise SystemExit(failed[0])
-    return max(answers, key=lambda counter: counter.total())
-
-
-def _process(rank: int, size: int, folder: str, recipe: Recipe, answer: Connection) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    """Train `recipe` on a gloo world of forked processes; what the rank that sends most sends in a step."""
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(minutes=5),
-        )
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            answer.send(_train(recipe))
-    except BaseException:  # whatever it was, the parent has to hear of it
-        answer.send(traceback.format_exc())
-    finally:
-        answer.close()
-        os._exit(0)
+        found = world(size, _train, recipe, timeout=1800)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
+    return max(found, key=lambda counter: counter.total())
 
 
 def _train(recipe: Recipe) -> Counter[str]:
-    """A whole run; what this process sends in its last step."""
+    """Make a whole run; what this process sends in its last step."""
     sent: Counter[str] = Counter()
     last: Counter[str] = Counter()
     count_sent(sent)
-    step = trainer.Trainer.train_step
 
-    def counted(self: trainer.Trainer, number: int, batch: Any) -> dict[str, float]:
+    @contextlib.contextmanager
+    def counted(*unused: Any) -> Iterator[None]:
         sent.clear()
-        values = step(self, number, batch)
+        yield
         last.clear()
         last.update(sent)
-        return values
 
-    trainer.Trainer.train_step = counted  # type: ignore[method-assign]  # of this process, which ends with the run
-    trainer.train(recipe)
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        trainer.train(recipe, around=counted)
     return last
 
 
@@ -272,7 +231,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(LAYOUTS), metavar="NAME", help="these layouts")
-    preferences = [name for name in OBJECTIVES if name != "sft"]
+    preferences = [name for name, row in OBJECTIVES.items() if row.pairwise]
     parser.add_argument("--objective", default="nca", choices=preferences)
     parser.add_argument("--comparisons", type=int, default=12, help="of a step")
     parser.add_argument("--row-length", type=int, default=2048)
@@ -295,12 +254,12 @@ def report(options: argparse.Namespace, work: Path) -> None:
     size = {"vocabulary": options.vocabulary, "hidden": options.hidden, "layers": options.layers}
     reward = OBJECTIVES[options.objective].head == "reward"
     parameters = common.save_model(work / "model", reward=reward, **size)
-    shapes.save_tokenizer(work / "tokenizer", options.vocabulary)
+    ultrainteract.save_tokenizer(work / "tokenizer", options.vocabulary)
     needed = STEPS * options.comparisons
-    trees = shapes.enough(
-        lambda count: shapes.ultrainteract(count, vocabulary=options.vocabulary, scale=options.scale), needed
+    trees = ultrainteract.enough(
+        lambda count: ultrainteract.trees(count, vocabulary=options.vocabulary, scale=options.scale), needed
     )
-    common.write_rows(work / "rows.jsonl", shapes.rows(trees))
+    common.write_rows(work / "rows.jsonl", ultrainteract.rows(trees))
 
     alone = measure(1, recipe_for(work, options, "one process", {}))
     lines = [_line("one process", 1, (0.0, 0.0, 0.0), alone)]

@@ -24,31 +24,32 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from benchmarks import common, shapes
-from silva.engine import config
-from silva.engine.config import Data
-from silva.engine.data.balance import row_cost_model, tiles_visited
-from silva.engine.data.chat import ChatTokenizer
+from benchmarks import common, ultrainteract
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.encoding import Unit
-from silva.engine.data.formats import FORMATS
-from silva.engine.data.group import ABSENT, TokenGroup
-from silva.engine.data.loader import BatchPlan
-from silva.engine.data.tree import Tree, merge
+from silva.engine.data.loader import BatchLoader
+from silva.engine.data.reading.formats import FORMATS
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.tree import Tree, merge
 from silva.engine.errors import UserError
+from silva.engine.model import flops
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.planning.named_models import NAMED
+from silva.engine.recipe import loading
+from silva.engine.recipe.schema import Data
+from silva.kernels.tree_blocks import SKIPPED, TileShape, blocks_without_lists, classify
 
 TILE = 128
 RANKS = (1, 8, 64)
-# Mistral-7B's shape (arXiv 2310.06825, Table 1)
-COST = row_cost_model(
-    hidden=4096, layers=32, ffn=14336, heads=32, head_dim=128, kv_heads=8, vocab=32_000, scored=0.3
-)
-SYNTHETIC: dict[str, Callable[..., list[shapes.Tree]]] = {
-    "ultrainteract": shapes.ultrainteract,
-    "ultrainteract-interactive": partial(shapes.ultrainteract, only="interactive"),
-    "ultrainteract-rm": shapes.ultrainteract_rm,
+COST = flops.row_cost(NAMED["mistral-7b"], "lm", scored=0.3)
+SYNTHETIC: dict[str, Callable[..., list[ultrainteract.Tree]]] = {
+    "ultrainteract": ultrainteract.trees,
+    "ultrainteract-interactive": partial(ultrainteract.trees, only="interactive"),
+    "ultrainteract-rm": ultrainteract.reward_trees,
 }
 
 
@@ -90,7 +91,7 @@ def measure(data: DataSet, unit: Unit, *, row_length: int, global_batch: int, st
             plain.add(np.full(length, length, np.int32))
     units = int(data.units(unit).sum())
     plans = {
-        ranks: BatchPlan(
+        ranks: BatchLoader(
             data,
             unit=unit,
             global_batch=min(global_batch, units),
@@ -137,7 +138,9 @@ class _Tiles:
     def total(self) -> int:
         """Close the row; the tiles so far."""
         if self.row:
-            self.visited += tiles_visited(np.concatenate(self.row), TILE, TILE)
+            ends = torch.from_numpy(np.concatenate(self.row))
+            kinds = classify(blocks_without_lists(ends, None, None, None), TileShape(TILE, TILE))
+            self.visited += int((kinds != SKIPPED).sum())
         self.row, self.used = [], 0
         return self.visited
 
@@ -160,14 +163,14 @@ def data_sets(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, Da
     for text in options.data:
         print(text)
         if text.endswith((".yaml", ".yml")):
-            recipe = config.load(text)
+            recipe = loading.load(text)
             tokenizer = ChatTokenizer.load(
                 recipe.tokenizer_path,
                 chat_template=recipe.tokenizer.chat_template,
                 add_bos=recipe.tokenizer.add_bos,
                 append_eos=recipe.tokenizer.append_eos,
             )
-            unit: Unit = "sequence" if recipe.objective.name == "sft" else "comparison"
+            unit: Unit = "comparison" if OBJECTIVES[recipe.objective.name].pairwise else "sequence"
             settings, batch = recipe.data, recipe.training.global_batch
         else:
             source = common.source(text, limit=options.limit)

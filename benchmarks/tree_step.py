@@ -11,9 +11,9 @@ code that runs them are the same for all three:
 - pairs: one row per comparison, its two sequences and padding to twice the longer one.
 
 Losses and gradients are compared first, in float64. Then a forward and a backward pass over all rows is timed in
-float32, in turns. Operations counted: a weight 6 per token; a visible pair of tokens 14 x head size per head (the
-backward pass computes scores again); the output matrix 8 per weight and scored position (the backward pass computes
-logits again). Norms, rotations, softmax and padding inside attention tiles are not counted: that is overhead.
+float32, in turns. Operations counted are `silva.engine.model.flops.computed`: a weight 6 per token; a visible pair of
+tokens 14 x head size per head (the backward pass computes scores again); the output matrix 8 per weight and scored
+position (the backward pass computes logits again).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from silva.engine.parallel import groups, optimizer
 
@@ -32,20 +31,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks import common, shapes
-from silva.engine.config import Data, Objective, Parallel, Source, Training
-from silva.engine.data.balance import row_cost_model
-from silva.engine.data.chat import ChatTokenizer
+from benchmarks import common, ultrainteract
 from silva.engine.data.dataset import DataSet
-from silva.engine.data.group import ABSENT, TokenGroup
-from silva.engine.data.loader import BatchPlan
-from silva.engine.data.packing import Piece, TreeBatch, pack_row
-from silva.engine.data.tree import merge
+from silva.engine.data.loader import BatchLoader
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.trees.tree import merge
 from silva.engine.errors import UserError
-from silva.engine.metrics import preference_sums
-from silva.engine.model import gpt, hf
+from silva.engine.model import flops, gpt, hf
 from silva.engine.objectives import OBJECTIVES
-from silva.engine.passes import run_rows
+from silva.engine.recipe.schema import Data, Objective, Parallel, Source, Training
+from silva.engine.training.step import Step, StepSettings
 
 EQUAL = 1e-9  # relative; float64 sums in another order
 Bundle = list[tuple[int, int, int]]  # comparisons: tree, chosen, rejected
@@ -53,7 +50,7 @@ Bundle = list[tuple[int, int, int]]  # comparisons: tree, chosen, rejected
 
 def tree_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]) -> list[TreeBatch]:
     """As the engine packs them."""
-    plan = BatchPlan(data, unit="comparison", global_batch=data.comparisons, row_length=row_length)
+    plan = BatchLoader(data, unit="comparison", global_batch=data.comparisons, row_length=row_length)
     return [
         pack_row(row, multiple=gpt.ROW_MULTIPLE, pad_id=0, reference_logprob=reference)
         for row in plan[0].rows
@@ -123,46 +120,29 @@ class Model:
 
     def __init__(self, folder: Path, objective: str, dtype: torch.dtype, comparisons: int) -> None:
         self.objective, self.comparisons = OBJECTIVES[objective], comparisons
-        self.settings = Objective.model_validate({"name": objective})
         layout = Parallel(distributed_optimizer=False)
         self.shape = hf.read_shape(folder)
         bare = gpt.build(self.shape, layout, head=self.objective.head, dtype=dtype)
         hf.load(bare, folder, self.shape)
-        self.chunks: list[Any] = [*optimizer.wrap(bare, layout)]
-        optimizer.build(self.chunks, Training(global_batch=1, learning_rate=1.0), layout)
+        chunks = optimizer.wrap(bare, layout)
+        made = optimizer.build(chunks, Training(global_batch=1, learning_rate=1.0), layout)
+        settings = StepSettings(Objective(name=objective), gpt.ROW_MULTIPLE, pad_id=0)
+        self.step = Step(chunks, made, self.objective, settings)
 
     def run(self, rows: list[TreeBatch]) -> float:
-        """The loss; gradients are in the model's buffers."""
-
-        def loss(values: Tensor, row: TreeBatch) -> tuple[Tensor, Tensor]:
-            result = self.objective.preference(
-                values, row.reference_logprob, row.scored, row.comparisons, row.absolute, None, self.settings
-            )
-            return result.loss.sum() / self.comparisons, preference_sums(result, row.comparisons)
-
-        self.chunks[0].zero_grad_buffer()
-        return float(run_rows(self.chunks, rows, loss, training=True)[0]) / self.comparisons
+        """Compute the loss; gradients are in the model's buffers."""
+        self.step.clear_gradients()
+        return float(self.step.pass_over(rows, self.comparisons, training=True)[0]) / self.comparisons
 
     def gradients(self) -> list[Tensor]:
-        return [p.main_grad.clone() for p in self.chunks[0].parameters()]
+        return [p.main_grad.clone() for p in self.step.chunks[0].parameters()]
 
     def operations(self, rows: list[TreeBatch]) -> float:
-        """Floating-point operations of a forward and a backward pass, as the module says."""
-        shape = self.shape
-        cost = row_cost_model(
-            hidden=shape.hidden,
-            layers=shape.layers,
-            ffn=shape.ffn,
-            heads=shape.heads,
-            head_dim=shape.head_dim,
-            kv_heads=shape.kv_heads,
-            vocab=shape.vocab,
-            scored=0.0,
-        )
+        """Count the floating-point operations of a forward and a backward pass (`flops.computed`)."""
         tokens = sum(len(row.tokens) for row in rows)
         pairs = sum(int((row.position.long() + 1).sum()) for row in rows)  # a token sees its depth + 1 tokens
-        scored = sum(len(row.target) for row in rows) if self.objective.head == "lm" else 0
-        return cost(tokens, pairs) + 8.0 * shape.hidden * shape.vocab * scored
+        scored = sum(len(row.target) for row in rows)
+        return flops.computed(self.shape, self.objective.head).of(tokens=tokens, pairs=pairs, scored=scored)
 
 
 def apart(model: Model, rows: dict[str, list[TreeBatch]]) -> tuple[float, float]:
@@ -184,7 +164,7 @@ def read(options: argparse.Namespace, cache: Path) -> DataSet:
     """The comparisons to run."""
     if options.data is None:
         size = {"scale": options.scale, "vocabulary": options.vocabulary}
-        trees = shapes.ultrainteract(options.trees, only="interactive", **size)
+        trees = ultrainteract.trees(options.trees, only="interactive", **size)
         return common.synthetic(trees, options.row_length)
     if options.tokenizer is None:
         raise UserError(f"{options.data}: text needs --tokenizer FOLDER")
@@ -223,7 +203,9 @@ def main() -> None:
         "--per-tree", type=int, default=8, help="comparisons of DATA that are taken of each tree"
     )
     parser.add_argument(
-        "--objective", default="dpo", choices=[n for n in OBJECTIVES if n not in ("sft", "kto")]
+        "--objective",
+        default="dpo",
+        choices=[n for n, row in OBJECTIVES.items() if row.pairwise and not row.needs_kl],
     )
     parser.add_argument("--row-length", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=256)

@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from silva.engine.data.augment import single_turn_pairs
-from silva.engine.data.chat import TokenSequence
-from silva.engine.data.group import TokenGroup
-from silva.engine.data.messages import Conversation, Message
+from silva.engine.data.reading.augment import single_turn_pairs
+from silva.engine.data.reading.messages import Conversation, Message
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import TokenGroup
 
 SIGMA = 0.5
 SHORTEST = 4  # tokens of the shortest text
@@ -157,10 +157,10 @@ class _Writer:
         return Tree("ultrafeedback", tuple(every[k] for k in kept), False)
 
 
-def ultrainteract(
-    trees: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0, only: str = "all"
+def trees(
+    count: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0, only: str = "all"
 ) -> list[Tree]:
-    """UltraInteract's pairs. Kinds of trees stand in their published proportions, as nearly as `trees` allows.
+    """Draw trees of UltraInteract's pairs; kinds of trees stand in their published proportions, as nearly as possible.
 
     Args:
         scale: of all lengths.
@@ -168,7 +168,7 @@ def ultrainteract(
     """
     writer = _Writer(seed, vocabulary, scale)
     kinds = _kinds(only)
-    chosen = _spread(np.array([weight for weight, *_ in kinds]), trees, writer.random)
+    chosen = _spread(np.array([weight for weight, *_ in kinds]), count, writer.random)
     return [
         writer.single(line.name, line.instruction, line.action, form)
         if isinstance(form, int)
@@ -177,15 +177,13 @@ def ultrainteract(
     ]
 
 
-def ultrainteract_rm(
-    trees: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0
-) -> list[Tree]:
-    """The mixture of Eurus' reward model: pairs and single-turn pairs of UltraInteract, UltraFeedback, UltraSafety."""
+def reward_trees(count: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0) -> list[Tree]:
+    """Draw Eurus' reward-model mixture: pairs and single-turn pairs of UltraInteract, UltraFeedback, UltraSafety."""
     kinds = _kinds("all")
     weights = np.array([sum(weight for weight, *_ in kinds), 63_967, 3_000])
-    share = np.bincount(_spread(weights, trees, np.random.default_rng(seed)), minlength=3)
+    share = np.bincount(_spread(weights, count, np.random.default_rng(seed)), minlength=3)
     found = []
-    for tree in ultrainteract(int(share[0]), seed=seed, vocabulary=vocabulary, scale=scale):
+    for tree in trees(int(share[0]), seed=seed, vocabulary=vocabulary, scale=scale):
         more = tuple(single_turn_pairs(tree.pairs, seed))
         found.append(Tree(tree.name, (*tree.pairs, *more), True, tree.depth))
     writer = _Writer(seed + 1, vocabulary, scale)
@@ -195,16 +193,16 @@ def ultrainteract_rm(
     return [found[k] for k in writer.random.permutation(len(found))]
 
 
-def short_prompts(trees: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0) -> list[Tree]:
-    """Pairs that share only a short prompt, with the lengths of GSM8K's model solutions: 67 and 133 tokens."""
+def short_prompts(count: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0) -> list[Tree]:
+    """Draw pairs that share only a short prompt, with the lengths of GSM8K's model solutions: 67 and 133 tokens."""
     writer = _Writer(seed, vocabulary, scale)
-    return [writer.single("short prompt", 67, 133, 1) for _ in range(trees)]
+    return [writer.single("short prompt", 67, 133, 1) for _ in range(count)]
 
 
 def enough(make: Callable[[int], list[Tree]], comparisons: int) -> list[Tree]:
-    """What `make` gives for the least number of trees that hold so many comparisons."""
-    for trees in itertools.count(1):
-        made = make(trees)
+    """Return what `make` gives for the least number of trees that hold so many comparisons."""
+    for count in itertools.count(1):
+        made = make(count)
         if sum(len(tree.pairs) for tree in made) >= comparisons:
             break
     return made
@@ -238,8 +236,16 @@ def _spread(weights: np.ndarray, count: int, random: np.random.Generator) -> np.
 # ---------------------------------------------------------------- forms
 
 
+def groups(
+    count: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0, only: str = "interactive"
+) -> list[TokenGroup]:
+    """Draw trees as tokens; arguments as in `trees`, by default of the lines with interaction."""
+    drawn = trees(count, seed=seed, vocabulary=vocabulary, scale=scale, only=only)
+    return [group(tree) for tree in drawn]
+
+
 def group(tree: Tree) -> TokenGroup:
-    """The tree as the engine tokenizes it with `tokenizer`."""
+    """Return the tree as the engine tokenizes it with `tokenizer`."""
     place: dict[Conversation, int] = {}
     pairs = [
         (place.setdefault(chosen, len(place)), place.setdefault(rejected, len(place)))
@@ -260,9 +266,9 @@ def _encode(conversation: Conversation) -> TokenSequence:
     return TokenSequence(tokens, np.arange(len(tokens)) >= len(tokens) - answer)
 
 
-def rows(trees: Sequence[Tree]) -> Iterator[dict[str, Any]]:
+def rows(drawn: Sequence[Tree]) -> Iterator[dict[str, Any]]:
     """Rows of format `ultrainteract_pair`."""
-    for number, tree in enumerate(trees):
+    for number, tree in enumerate(drawn):
         for chosen, rejected in tree.pairs:
             turn = sum(message.role == "user" for message in chosen)
             yield {

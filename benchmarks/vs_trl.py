@@ -36,12 +36,12 @@ import datasets
 import torch
 import transformers
 
-from benchmarks import common, shapes
+from benchmarks import common, ultrainteract
 from benchmarks.trl_peer import Trl, score_labelled_only
-from silva.engine.config import Parallel, Recipe, Source
-from silva.engine.data.chat import ChatTokenizer
+from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.errors import UserError
-from silva.engine.trainer import Trainer
+from silva.engine.recipe.schema import Parallel, Recipe, Source
+from silva.engine.training.trainer import Trainer
 
 CLOSE = 1e-4  # losses; both compute in float32, and AdamW amplifies rounding from step to step
 OBJECTIVES = ("dpo", "bt")
@@ -96,16 +96,16 @@ class Silva:
             },
         }
         self.trainer = Trainer(Recipe.model_validate(raw))
-        if self.trainer.steps < options.steps + 1:
+        if self.trainer.inputs.steps < options.steps + 1:
             raise UserError(
-                f"{case.source.path}: {self.trainer.data.comparisons} comparisons are too few for "
+                f"{case.source.path}: {self.trainer.inputs.data.comparisons} comparisons are too few for "
                 f"{options.steps + 1} steps of {options.batch}; lower --steps or --batch"
             )
         self.unique = 0
 
     def comparisons(self, count: int) -> Iterator[dict[str, list[int]]]:
         """The first `count` comparisons in the order of the data, with the scored positions as a mask."""
-        data = self.trainer.data
+        data = self.trainer.inputs.data
         for k in range(len(data)):
             group = data.group(k)
             sequences = group.sequences()
@@ -125,7 +125,7 @@ class Silva:
         """(losses, seconds of the steps behind the first), packing included."""
         losses, ends = [], []
         self.unique = 0
-        for step, batch in self.trainer.plan.prefetch(0, steps):
+        for step, batch in self.trainer.inputs.batches.prefetch(0, steps):
             losses.append(self.trainer.train_step(step, batch)["loss"])
             ends.append(time.perf_counter())
             self.unique += batch.unique if step else 0  # of the timed steps
@@ -141,7 +141,7 @@ def measure(case: Case, objective: str, work: Path, options: argparse.Namespace)
     model = work / "model"
     size = {"vocabulary": case.vocabulary, "hidden": options.hidden, "layers": options.layers}
     parameters = common.save_model(model, reward=objective == "bt", **size)
-    shapes.save_tokenizer(work / "tokenizer", case.vocabulary)
+    ultrainteract.save_tokenizer(work / "tokenizer", case.vocabulary)
     silva = Silva(case, objective, model, work, options)
     steps = options.steps + 1
     pairs = datasets.Dataset.from_list(list(silva.comparisons(options.batch * steps)))
@@ -177,14 +177,16 @@ def cases(options: argparse.Namespace, work: Path) -> list[Case]:
     needed = options.batch * (options.steps + 1)
     size: Any = {"scale": options.scale, "vocabulary": options.vocabulary}
     makers = {
-        "ultrainteract": partial(shapes.ultrainteract, **size),
-        "interactive": partial(shapes.ultrainteract, only="interactive", **size),
-        "short_prompt": partial(shapes.short_prompts, **size),
+        "ultrainteract": partial(ultrainteract.trees, **size),
+        "interactive": partial(ultrainteract.trees, only="interactive", **size),
+        "short_prompt": partial(ultrainteract.short_prompts, **size),
     }
     found = []
     for name, make in makers.items():
         if options.only is None or name in options.only:
-            path = common.write_rows(work / f"{name}.jsonl", shapes.rows(shapes.enough(make, needed)))
+            path = common.write_rows(
+                work / f"{name}.jsonl", ultrainteract.rows(ultrainteract.enough(make, needed))
+            )
             source = Source(path=str(path), format="ultrainteract_pair")
             found.append(Case(name, source, None, options.vocabulary))
     if options.data and options.tokenizer is None:

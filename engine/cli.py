@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from silva.engine.errors import UserError
+from silva.engine.progress import is_first_process
 
 # megatron-core talking to its own developers: old names of its options and of torch's, and a look at a `.grad`
 # that it knows may be absent. A user can do nothing about them.
@@ -18,11 +19,6 @@ HARMLESS = (
     "The .grad attribute of a Tensor that is not a leaf Tensor",
     r"`torch\.distributed\.\w+` is deprecated",
 )
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks for the run, also before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def run(work: Callable[[], None]) -> int:

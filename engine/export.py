@@ -9,9 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from silva.engine.cli import is_first_process, run
-from silva.engine.config import load
-from silva.engine.publish import export_checkpoint
+from silva.engine.cli import run
+from silva.engine.progress import say
+from silva.engine.recipe.loading import load
+from silva.engine.training.publish import export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        folder = export_checkpoint(load(options.recipe, options.override))
-        if is_first_process():
-            print(f"export={folder}")
+        say(f"export={export_checkpoint(load(options.recipe, options.override))}")
 
     return run(work)
 

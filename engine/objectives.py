@@ -1,32 +1,54 @@
-"""The losses: pure functions from log-probabilities or rewards to one loss and two rewards per comparison.
+"""Define the losses: pure functions from log-probabilities or rewards to one loss and two rewards per comparison.
 
-Nothing here knows a model, a recipe file or a process group. What a loss needs from the whole global batch
-(KTO's KL estimate) comes in as an argument; dividing by the global count is the trainer's.
+Nothing here knows a model, a recipe file or a process group. What a loss needs from the whole global batch (KTO's KL
+estimate) comes in as an argument; the training step divides by the global count.
 
     N sequences, P comparisons (chosen, rejected)
     s = log pi - log pi_ref, summed over a response's scored tokens;  r = beta * s
     sigma = the logistic function
 
-Every function takes (P,) tensors, one entry per comparison, and computes in at least float32 (bfloat16 and
-float16 are widened first, float64 stays). The loss carries the gradient; the two rewards are detached, since
-they are there to be looked at.
+Every function takes (P,) tensors, one entry per comparison, and computes in at least float32 (bfloat16 and float16 are
+widened first, float64 stays). The loss carries the gradient; the two rewards are detached, since they are there to be
+looked at.
+
+A new loss is one function and one row of the table at the end. The function's signature says what it needs: each of
+its parameters is one of `INPUTS`, or a key of the recipe's `objective` section (`silva.engine.recipe.schema`). It then
+runs on every device through autograd. A fused kernel (`silva.kernels.preference_terms`) may be added; it has to agree
+with the function.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from silva.engine.config import OBJECTIVE_KEYS
+# What a loss may be given, by the name of its parameter; each (P,) but the first and `kl`.
+INPUTS = {
+    "policy": "(N,) log-probs, one per sequence: a loss without comparisons",
+    "policy_chosen": "log-probs under the policy",
+    "policy_rejected": "log-probs under the policy",
+    "reference_chosen": "log-probs under the reference policy",
+    "reference_rejected": "log-probs under the reference policy",
+    "reward_chosen": "rewards of the reward head",
+    "reward_rejected": "rewards of the reward head",
+    "chosen_length": "scored tokens",
+    "rejected_length": "scored tokens",
+    "absolute": "bool, whether the comparison also gets an absolute-reward term",
+    "has_chosen": "bool, false where the side is absent (unpaired feedback): its other inputs are then any numbers",
+    "has_rejected": "the same of the other side",
+    "kl": "scalar, the KL estimate of the global batch",
+}
 
 
 class Preference(NamedTuple):
-    """What every objective returns: each (P,), at least float32. `sft` has (N,) losses and no rewards."""
+    """Holds what a loss returns, each (P,), at least float32; a loss of single sequences has (N,) and no rewards."""
 
     loss: Tensor
     chosen_reward: Tensor
@@ -42,7 +64,7 @@ def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
 
 
 def _token_mean(total: Tensor, length: Tensor) -> Tensor:
-    """Mean per token; a response without tokens has the mean 0, not NaN."""
+    """Return the mean per token; a response without tokens has the mean 0, not NaN."""
     return total / length.clamp(min=1)
 
 
@@ -51,10 +73,15 @@ def _preference(loss: Tensor, chosen_reward: Tensor, rejected_reward: Tensor) ->
 
 
 def sft(policy: Tensor) -> Preference:
-    """-log pi(response), summed over its scored tokens. Divided by the global count of scored tokens this is
-    the mean cross-entropy.
+    """Compute -log pi(response), summed over its scored tokens.
 
-    policy: (N,) log-probs, one per *sequence*. Returns an (N,) loss and two empty rewards.
+    Divided by the global count of scored tokens this is the mean cross-entropy.
+
+    Args:
+        policy: (N,) log-probs, one per *sequence*.
+
+    Returns:
+        An (N,) loss and two empty rewards.
     """
     loss = -_wide(policy)
     return _preference(loss, loss.new_empty(0), loss.new_empty(0))
@@ -68,7 +95,7 @@ def dpo(
     *,
     beta: float,
 ) -> Preference:
-    """-log sigma(r_c - r_r). Rafailov et al. 2023, arXiv 2305.18290, eq. 7."""
+    """Compute -log sigma(r_c - r_r). Rafailov et al. 2023, arXiv 2305.18290, eq. 7."""
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
     return _preference(-logsigmoid(chosen - rejected), chosen, rejected)
@@ -83,17 +110,20 @@ def ipo(
     rejected_length: Tensor,
     *,
     beta: float,
-    average: bool = True,
+    ipo_average: bool = True,
 ) -> Preference:
-    """(s_c - s_r - 1/(2 beta))^2. Azar et al. 2023, arXiv 2310.12036, eq. 17 (beta is the paper's tau).
+    """Compute (s_c - s_r - 1/(2 beta))^2. Azar et al. 2023, arXiv 2310.12036, eq. 17 (beta is the paper's tau).
 
-    `average` takes s as a mean per token, as TRL and HALOs do, so that the squared loss does not grow with
-    the length of a response; without it s is the sum, as the paper writes it. *_length: (P,) counts of scored
-    tokens. The rewards are beta * (summed s) either way, so that they compare with the other objectives'.
+    The rewards are beta * (summed s) either way, so that they compare with the other objectives'.
+
+    Args:
+        chosen_length, rejected_length: (P,) scored tokens.
+        ipo_average: take s as a mean per token, as TRL and HALOs do, so that the squared loss does not grow with the
+            length of a response; without it s is the sum, as the paper writes it.
     """
     chosen = _log_ratio(policy_chosen, reference_chosen)
     rejected = _log_ratio(policy_rejected, reference_rejected)
-    if average:
+    if ipo_average:
         margin = _token_mean(chosen, chosen_length) - _token_mean(rejected, rejected_length)
     else:
         margin = chosen - rejected
@@ -109,11 +139,11 @@ def cdpo(
     beta: float,
     label_smoothing: float,
 ) -> Preference:
-    """-(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c), e = label_smoothing: DPO when a share e of the
-    labels is flipped. Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO".
+    """Compute -(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c), e = label_smoothing.
 
-    TRL's "robust" is another loss (rDPO, arXiv 2403.00409): it *subtracts* the flipped term and divides by
-    1 - 2e.
+    It is DPO when a share e of the labels is flipped. Mitchell 2023, "A note on DPO with noisy preferences and
+    relationship to IPO". TRL's "robust" is another loss (rDPO, arXiv 2403.00409): it *subtracts* the flipped term and
+    divides by 1 - 2e.
     """
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
@@ -130,8 +160,10 @@ def hinge(
     *,
     beta: float,
 ) -> Preference:
-    """max(0, 1 - (r_c - r_r)). SLiC-HF's loss (arXiv 2305.10425) in the normalised form of RSO,
-    Liu et al. 2023, arXiv 2309.06657."""
+    """Compute max(0, 1 - (r_c - r_r)).
+
+    SLiC-HF's loss (arXiv 2305.10425) in the normalised form of RSO, Liu et al. 2023, arXiv 2309.06657.
+    """
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
     return _preference(torch.relu(1 - (chosen - rejected)), chosen, rejected)
@@ -145,8 +177,10 @@ def nca(
     *,
     beta: float,
 ) -> Preference:
-    """-log sigma(r_c) - 1/2 log sigma(-r_c) - 1/2 log sigma(-r_r): the pair form (K = 2) of NCA.
-    Chen et al. 2024, arXiv 2402.05369."""
+    """Compute -log sigma(r_c) - 1/2 log sigma(-r_c) - 1/2 log sigma(-r_r), the pair form (K = 2) of NCA.
+
+    Chen et al. 2024, arXiv 2402.05369.
+    """
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
     loss = -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
@@ -166,13 +200,14 @@ def kto(
     has_chosen: Tensor | None = None,
     has_rejected: Tensor | None = None,
 ) -> Preference:
-    """lambda_D (1 - sigma(r_c - z0)) + lambda_U (1 - sigma(z0 - r_r)), z0 = max(0, beta * kl), detached.
-    Ethayarajh et al. 2024, arXiv 2402.01306, section 4.
+    """Compute lambda_D (1 - sigma(r_c - z0)) + lambda_U (1 - sigma(z0 - r_r)), z0 = max(0, beta * kl), detached.
 
-    kl: scalar, the mean of s over the mismatched pairs of the *global batch*; the function clamps and
-    detaches it. has_chosen, has_rejected: (P,) bool. An absent side adds no loss, no gradient and the
-    reward 0; its inputs must be finite. The loss sums both sides: divide by the number of sides, not of
-    comparisons.
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4. The loss sums both sides: divide by the number of sides, not
+    of comparisons. An absent side adds no loss, no gradient and the reward 0; its inputs must be finite.
+
+    Args:
+        kl: scalar, the mean of s over the mismatched pairs of the *global batch*; clamped and detached here.
+        has_chosen, has_rejected: (P,) bool; None: all are there.
     """
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
@@ -196,8 +231,10 @@ def simpo(
     beta: float,
     gamma: float,
 ) -> Preference:
-    """-log sigma(r_c - r_r - gamma), r = beta * mean per token of log pi; no reference policy.
-    Meng et al. 2024, arXiv 2405.14734, eq. 6 (its beta is 2 to 10, far above DPO's)."""
+    """Compute -log sigma(r_c - r_r - gamma), r = beta * mean per token of log pi; no reference policy.
+
+    Meng et al. 2024, arXiv 2405.14734, eq. 6 (its beta is 2 to 10, far above DPO's).
+    """
     chosen = beta * _token_mean(_wide(policy_chosen), chosen_length)
     rejected = beta * _token_mean(_wide(policy_rejected), rejected_length)
     return _preference(-logsigmoid(chosen - rejected - gamma), chosen, rejected)
@@ -211,8 +248,10 @@ def orpo(
     *,
     beta: float,
 ) -> Preference:
-    """-log p_c - beta * log sigma(log odds(p_c) - log odds(p_r)), log p = mean per token of log pi and
-    odds(p) = p / (1 - p). Hong et al. 2024, arXiv 2403.07691, eq. 4, 6 and 7 (beta is the paper's lambda).
+    """Compute -log p_c - beta * log sigma(log odds(p_c) - log odds(p_r)).
+
+    log p is the mean per token of log pi, and odds(p) = p / (1 - p). Hong et al. 2024, arXiv 2403.07691, eq. 4, 6 and
+    7 (beta is the paper's lambda).
 
     The first term is the chosen response's own token mean, as in the paper; TRL takes one mean over all
     tokens of the micro-batch, prompts included.
@@ -224,7 +263,7 @@ def orpo(
 
 
 def _log1m_exp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, by the branch that does not cancel.
+    """Compute log(1 - exp(x)) for x <= 0, by the branch that does not cancel.
 
     A probability that rounds to 1 has infinite odds; it is held one rounding step below 1, where value and
     gradient are finite.
@@ -234,149 +273,158 @@ def _log1m_exp(x: Tensor) -> Tensor:
 
 
 def bt(reward_chosen: Tensor, reward_rejected: Tensor) -> Preference:
-    """-log sigma(R_c - R_r), R the reward head's output. Bradley-Terry; Ouyang et al. 2022, arXiv 2203.02155,
-    eq. 1."""
+    """Compute -log sigma(R_c - R_r), R the reward head's output.
+
+    Bradley-Terry; Ouyang et al. 2022, arXiv 2203.02155, eq. 1.
+    """
     return bt_margin(reward_chosen, reward_rejected, margin=0.0)
 
 
 def bt_margin(reward_chosen: Tensor, reward_rejected: Tensor, *, margin: float | Tensor) -> Preference:
-    """-log sigma(R_c - R_r - margin). Touvron et al. 2023 (Llama 2), arXiv 2307.09288, eq. 2.
+    """Compute -log sigma(R_c - R_r - margin). Touvron et al. 2023 (Llama 2), arXiv 2307.09288, eq. 2.
 
-    margin: one number, or (P,).
+    Args:
+        margin: one number, or (P,).
     """
     chosen, rejected = _wide(reward_chosen), _wide(reward_rejected)
     return _preference(-logsigmoid(chosen - rejected - margin), chosen, rejected)
 
 
 def bt_dr(reward_chosen: Tensor, reward_rejected: Tensor, absolute: Tensor) -> Preference:
-    """L_BT + L_DR = -log sigma(R_c - R_r) - log sigma(R_c) - log sigma(-R_r), the last two only where
-    `absolute` (P,) bool. Yuan et al. 2024 (Eurus), arXiv 2404.02078, section 3."""
+    """Compute L_BT + L_DR = -log sigma(R_c - R_r) - log sigma(R_c) - log sigma(-R_r).
+
+    Yuan et al. 2024 (Eurus), arXiv 2404.02078, section 3.
+
+    Args:
+        absolute: (P,) bool, where the last two terms are added.
+    """
     chosen, rejected = _wide(reward_chosen), _wide(reward_rejected)
     direct = -logsigmoid(chosen) - logsigmoid(-rejected)
     return _preference(-logsigmoid(chosen - rejected) + direct.where(absolute.bool(), 0.0), chosen, rejected)
 
 
-# ---------------------------------------------------------------- one call for every objective
+# ---------------------------------------------------------------- the table
 
-
-class Settings(Protocol):
-    """The hyper-parameters an objective may read: `config.Objective`, or anything with these attributes."""
-
-    @property
-    def beta(self) -> float: ...
-    @property
-    def gamma(self) -> float: ...
-    @property
-    def margin(self) -> float: ...
-    @property
-    def label_smoothing(self) -> float: ...
-    @property
-    def ipo_average(self) -> bool: ...
-    @property
-    def lambda_desirable(self) -> float: ...
-    @property
-    def lambda_undesirable(self) -> float: ...
-
-
-class _Batch(NamedTuple):
-    """A batch by sides, each pair (chosen, rejected) of (P,) tensors. An absent side holds finite numbers."""
-
-    policy: tuple[Tensor, Tensor]  # log-probs, or rewards
-    reference: tuple[Tensor, Tensor]
-    lengths: tuple[Tensor, Tensor]
-    present: tuple[Tensor, Tensor]
-    absolute: Tensor
-    kl: Tensor
+Unit = Literal["token", "comparison", "side"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table of objectives: what the trainer must provide, and how the loss is called.
+    """Holds one row of the table: a loss, and what the global count that it is divided by counts.
 
-    head: what the model returns per sequence, a log-prob ("lm") or a reward ("reward").
-    unit: what the global count counts: scored tokens, comparisons, or present sides of comparisons.
+    Attributes:
+        function: the loss; its parameters are `INPUTS` and keys of the recipe.
+        unit: scored tokens, comparisons, or present sides of comparisons.
     """
 
-    name: str
-    call: Callable[[_Batch, Settings], Preference] | None  # None: sft, whose loss is per sequence
-    head: Literal["lm", "reward"] = "lm"
-    unit: Literal["token", "comparison", "side"] = "comparison"
-    needs_reference: bool = True
-    needs_kl: bool = False
+    function: Callable[..., Preference]
+    unit: Unit = "comparison"
 
     @property
-    def settings(self) -> tuple[str, ...]:
-        """The keys of the recipe's `objective` section this objective reads."""
-        return OBJECTIVE_KEYS[self.name]
+    def name(self) -> str:
+        return self.function.__name__
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Name the `INPUTS` that the loss reads."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name in INPUTS)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Name the keys of the recipe's `objective` section that the loss reads."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name not in INPUTS)
+
+    @property
+    def head(self) -> Literal["lm", "reward"]:
+        """Tell what the model has to give for every sequence: a log-prob or a reward."""
+        return "reward" if "reward_chosen" in self.inputs else "lm"
+
+    @property
+    def pairwise(self) -> bool:
+        """Tell whether it is a loss of comparisons, not of single sequences."""
+        return "policy" not in self.inputs
+
+    @property
+    def needs_reference(self) -> bool:
+        """Tell whether log-probs under the reference policy are needed."""
+        return "reference_chosen" in self.inputs
+
+    @property
+    def needs_kl(self) -> bool:
+        """Tell whether the KL estimate of the global batch is needed."""
+        return "kl" in self.inputs
 
     def preference(
         self,
-        policy: Tensor,
+        values: Tensor,
         reference: Tensor,
         lengths: Tensor,
         comparisons: Tensor,
         absolute: Tensor,
         kl: Tensor | None,
-        settings: Settings,
+        settings: Any,
     ) -> Preference:
-        """Gathers the two sides of every comparison and calls the loss.
+        """Gather the two sides of every comparison and call the loss.
 
-        policy: (N,) log-probs or rewards. reference: (N,) log-probs, read only if `needs_reference`.
-        lengths: (N,) scored tokens. comparisons: (P, 2) integer, -1 for an absent side (kto alone takes it).
-        absolute: (P,) bool, read by bt_dr. kl: scalar, read only if `needs_kl`.
-        Raises ValueError where `needs_kl` and kl is None.
+        Args:
+            values: (N,) log-probs or rewards.
+            reference: (N,) log-probs, read only if `needs_reference`.
+            lengths: (N,) scored tokens.
+            comparisons: (P, 2) integer, (chosen, rejected); -1 for an absent side, which only a loss that reads
+                `has_chosen` and `has_rejected` takes.
+            absolute: (P,) bool.
+            kl: scalar, read only if `needs_kl`.
+            settings: the recipe's `objective` section, or anything with the attributes `keys`.
+
+        Raises:
+            ValueError: `needs_kl`, and `kl` is None.
         """
-        if self.call is None:
-            return sft(policy)
         if self.needs_kl and kl is None:
             raise ValueError(f"objective {self.name} needs the KL estimate of the global batch")
-        chosen, rejected = comparisons.clamp(min=0).long().unbind(1)
-        reference = reference if self.needs_reference else torch.zeros_like(policy)
-        has_chosen, has_rejected = (comparisons >= 0).unbind(1)
-        batch = _Batch(
-            policy=(policy[chosen], policy[rejected]),
-            reference=(reference[chosen], reference[rejected]),
-            lengths=(lengths[chosen], lengths[rejected]),
-            present=(has_chosen, has_rejected),
-            absolute=absolute,
-            kl=policy.new_zeros(()) if kl is None else kl,
-        )
-        return self.call(batch, settings)
+        given = {"policy": values, "absolute": absolute, "kl": kl}
+        for place, side in enumerate(("chosen", "rejected") if self.pairwise else ()):
+            index = comparisons[:, place]
+            at = index.clamp(min=0).long()
+            given |= {f"policy_{side}": values[at], f"reward_{side}": values[at]}
+            given |= {f"{side}_length": lengths[at], f"has_{side}": index >= 0}
+            if self.needs_reference:
+                given[f"reference_{side}"] = reference[at]
+        keys = {name: getattr(settings, name) for name in self.keys}
+        return self.function(**{name: given[name] for name in self.inputs}, **keys)
 
 
-def _kto(batch: _Batch, settings: Settings) -> Preference:
-    return kto(
-        *batch.policy,
-        *batch.reference,
-        batch.kl,
-        beta=settings.beta,
-        lambda_desirable=settings.lambda_desirable,
-        lambda_undesirable=settings.lambda_undesirable,
-        has_chosen=batch.present[0],
-        has_rejected=batch.present[1],
-    )
+OBJECTIVES: dict[str, Objective] = {}
 
 
-_TABLE = (
-    Objective("sft", None, unit="token", needs_reference=False),
-    Objective("dpo", lambda x, o: dpo(*x.policy, *x.reference, beta=o.beta)),
-    Objective(
-        "ipo", lambda x, o: ipo(*x.policy, *x.reference, *x.lengths, beta=o.beta, average=o.ipo_average)
-    ),
-    Objective(
-        "cdpo", lambda x, o: cdpo(*x.policy, *x.reference, beta=o.beta, label_smoothing=o.label_smoothing)
-    ),
-    Objective("hinge", lambda x, o: hinge(*x.policy, *x.reference, beta=o.beta)),
-    Objective("nca", lambda x, o: nca(*x.policy, *x.reference, beta=o.beta)),
-    Objective("kto", _kto, unit="side", needs_kl=True),
-    Objective(
-        "simpo", lambda x, o: simpo(*x.policy, *x.lengths, beta=o.beta, gamma=o.gamma), needs_reference=False
-    ),
-    Objective("orpo", lambda x, o: orpo(*x.policy, *x.lengths, beta=o.beta), needs_reference=False),
-    Objective("bt", lambda x, _: bt(*x.policy), "reward", needs_reference=False),
-    Objective(
-        "bt_margin", lambda x, o: bt_margin(*x.policy, margin=o.margin), "reward", needs_reference=False
-    ),
-    Objective("bt_dr", lambda x, _: bt_dr(*x.policy, x.absolute), "reward", needs_reference=False),
-)
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _TABLE}
+def add(function: Callable[..., Preference], *, unit: Unit = "comparison") -> Objective:
+    """Add a row to the table: from then on the function's name is a value of `objective.name` in a recipe.
+
+    Args:
+        function: a loss of `INPUTS` and of keys of the recipe's `objective` section.
+        unit: what the global count that its sum is divided by counts.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: another loss has this name.
+    """
+    row = Objective(function, unit)
+    if row.name in OBJECTIVES:
+        raise ValueError(f"objective {row.name} is in the table already: give the function another name")
+    OBJECTIVES[row.name] = row
+    return row
+
+
+add(sft, unit="token")
+add(dpo)
+add(ipo)
+add(cdpo)
+add(hinge)
+add(nca)
+add(kto, unit="side")
+add(simpo)
+add(orpo)
+add(bt)
+add(bt_margin)
+add(bt_dr)

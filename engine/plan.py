@@ -11,19 +11,21 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is the same on a machine that has GPUs
 
+from silva.engine.parallel.forked import isolated
+
 from rich.console import Console
 
 from silva.engine.cli import run
-from silva.engine.config import Recipe, load
 from silva.engine.errors import UserError
 from silva.engine.planning import built, report
 from silva.engine.planning.hardware import GPUS
-from silva.engine.planning.isolated import isolated
+from silva.engine.planning.named_models import NAMED, resolve
 from silva.engine.planning.predict import Setting, build_stages, predict
 from silva.engine.planning.search import measure_layers, search, smallest_cluster
-from silva.engine.planning.shapes import NAMED, resolve
 from silva.engine.planning.workload import Workload, assumed, of_data
-from silva.engine.recipe_file import packaged
+from silva.engine.recipe.file import packaged
+from silva.engine.recipe.loading import load
+from silva.engine.recipe.schema import Recipe
 
 WIDTH = 150  # of tables where the output is no terminal
 

@@ -1,7 +1,8 @@
-"""A progress bar on the one process that writes."""
+"""Speaks for a run, on its first process alone: lines and progress bars."""
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 
 from rich.console import Console
@@ -9,13 +10,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 
+def is_first_process() -> bool:
+    """Tell whether this process speaks for the run, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print on the first process."""
+    if is_first_process():
+        print(text, flush=True)
+
+
 def _fixed(width: int) -> Column:
-    """A column that a narrow terminal does not cut; the bar gives way instead."""
+    """Make a column that a narrow terminal does not cut; the bar gives way instead."""
     return Column(no_wrap=True, min_width=width)
 
 
 class ProgressBar:
-    """A progress bar on the one rank that writes; silent elsewhere. Without a total it only counts.
+    """Shows how far a stretch of work is; without a total it only counts.
 
     A passing bar leaves nothing behind, and shows on terminals alone.
     """

@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from silva.engine.cli import is_first_process, run
-from silva.engine.config import load
-from silva.engine.recipe_file import packaged
-from silva.engine.trainer import Summary, train
+from silva.engine.cli import run
+from silva.engine.progress import say
+from silva.engine.recipe.file import packaged
+from silva.engine.recipe.loading import load
+from silva.engine.training.trainer import Summary, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,15 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(summary: Summary) -> None:
-    """The closing lines of a run, on the first process: `key=value`."""
-    if not is_first_process():
-        return
+    """Print the closing lines of a run, `key=value`."""
     for name, values in (("before", summary.before), ("after", summary.after), ("last_step", summary.last)):
         if values:
-            print(" ".join(f"{name}_{key}={value:.6g}" for key, value in values.items()))
+            say(" ".join(f"{name}_{key}={value:.6g}" for key, value in values.items()))
     if summary.unrolled_tokens:
-        print(f"unique_over_unrolled={summary.unique_tokens / summary.unrolled_tokens:.4f}")
-    print(f"steps={summary.steps} export={summary.export}")
+        say(f"unique_over_unrolled={summary.unique_tokens / summary.unrolled_tokens:.4f}")
+    say(f"steps={summary.steps} export={summary.export}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Where an operation runs: as a Triton kernel, on the GPU or in Triton's interpreter, or as plain torch.
+"""Decides where an operation runs: as a Triton kernel, on the GPU or in Triton's interpreter, or as plain torch.
 
 Kernel modules take `jit`, `tl` and `triton` from here, so that they can be imported where there is no Triton.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,24 @@ except ImportError:  # Triton is not built for every platform: the torch definit
         return function or (lambda decorated: decorated)
 
 
+_forced: bool | None = None  # of `forced`
+
+
 def runs_kernels(x: Tensor) -> bool:
-    """Whether operations on `x` take the kernels: float64 never does, it is what they are judged by."""
-    return triton is not None and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+    """Tell whether operations on `x` take the kernels: float64 never does, it is what they are judged by."""
+    taken = x.is_cuda or INTERPRETED if _forced is None else _forced
+    return triton is not None and x.dtype != torch.float64 and taken
+
+
+@contextlib.contextmanager
+def forced(kernels: bool) -> Iterator[None]:
+    """Take the kernels' way, or torch's, on every device while the block lasts.
+
+    For the planner, which counts what the code around the kernels allocates without launching any, and for tests.
+    """
+    global _forced
+    before, _forced = _forced, kernels
+    try:
+        yield
+    finally:
+        _forced = before

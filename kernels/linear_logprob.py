@@ -25,18 +25,7 @@ from silva.kernels.products import product
 LONGEST = 8192  # positions or rows of a tile: no product gets faster by more
 # A tile has 1/16 of all logits, within these bounds: 16 to 256 MiB in float32, and half of it for a bfloat16 slope.
 SMALLEST_TILE, LARGEST_TILE = 1 << 22, 1 << 26
-# Summing the weight's gradient over blocks of positions costs 8 R H bytes of traffic per block, computing logits
-# again 2 R H operations per position: at 3 TB/s and 700 TF/s the sum is cheaper from about 900 positions on.
-WORTHWHILE_BLOCK = 1024
 COLUMN_BLOCK = 1024  # columns per step of the kernels: eight per thread of four warps
-
-
-class LogProb(NamedTuple):
-    """Of every scored position; each (L,)."""
-
-    logprob: Tensor  # differentiable
-    entropy: Tensor  # of the distribution over the vocabulary, in nats
-    hit: Tensor  # bool: no token is more likely than the target
 
 
 # ---------------------------------------------------------------- kernels: one tile of logits
@@ -45,7 +34,7 @@ class LogProb(NamedTuple):
 # Numbers of positions are slices that begin anywhere: what they are aligned to is no reason to compile again.
 @jit(
     do_not_specialize=["first_column"],
-    do_not_specialize_on_alignment=["target_ptr", "highest_ptr", "total_ptr", "chosen_ptr", "weighted_ptr"],
+    do_not_specialize_on_alignment=["target_ptr", "highest_ptr", "total_ptr", "chosen_ptr"],
 )
 def _reduce_kernel(
     # pointers
@@ -54,14 +43,12 @@ def _reduce_kernel(
     highest_ptr,
     total_ptr,
     chosen_ptr,
-    weighted_ptr,
     # shapes and strides
     columns,
     stride,
     first_column,
     # constants
     scale,
-    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Online log-sum-exp: one program folds one position's columns of the tile into its running values."""
@@ -70,25 +57,19 @@ def _reduce_kernel(
     # every lane keeps its own running maximum: one reduction across the threads at the end, none per step
     top = tl.full((BLOCK,), -1e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         o_column = start + tl.arange(0, BLOCK)
         m_column = o_column < columns
         x = tl.load(row_ptr + o_column, mask=m_column, other=-float("inf")) * scale
         higher = tl.maximum(top, x)
         keep = tl.exp(top - higher)
-        e = tl.exp(x - higher)
-        total = total * keep + e
-        if ENTROPY:
-            weighted = weighted * keep + tl.where(m_column, e * x, 0.0)
+        total = total * keep + tl.exp(x - higher)
         top = higher
     before = tl.load(highest_ptr + i)
     highest = tl.maximum(tl.max(top, 0), before)
     lane, kept = tl.exp(top - highest), tl.exp(before - highest)
     tl.store(highest_ptr + i, highest)
     tl.store(total_ptr + i, tl.load(total_ptr + i) * kept + tl.sum(total * lane, 0))
-    if ENTROPY:
-        tl.store(weighted_ptr + i, tl.load(weighted_ptr + i) * kept + tl.sum(weighted * lane, 0))
     target = tl.load(target_ptr + i) - first_column
     if (target >= 0) & (target < columns):
         tl.store(chosen_ptr + i, tl.load(row_ptr + target) * scale)
@@ -127,19 +108,17 @@ def _slope_kernel(
 def aot_builds(capability: int) -> list[Build]:
     """The shipped compilations; they depend on neither the hidden size nor the vocabulary."""
     shapes = {"columns": "i32", "stride": "i32", "first_column": "i32", "scale": "fp32"}
-    builds = []
-    for entropy in (False, True):
-        values = dict.fromkeys(("logits", "highest", "total", "chosen", "weighted"), "*fp32")
-        pointers = {f"{name}_ptr": kind for name, kind in (values | {"target": "*i64"}).items()}
-        builds.append(
-            Build(
-                f"linear_logprob reduce{' with entropy' if entropy else ''}",
-                _reduce_kernel,
-                pointers | shapes | {"ENTROPY": "constexpr", "BLOCK": "constexpr"},
-                {"ENTROPY": entropy, "BLOCK": COLUMN_BLOCK},
-                aligned=("logits_ptr", "columns", "stride"),
-            )
+    values = dict.fromkeys(("logits", "highest", "total", "chosen"), "*fp32")
+    pointers = {f"{name}_ptr": kind for name, kind in (values | {"target": "*i64"}).items()}
+    builds = [
+        Build(
+            "linear_logprob reduce",
+            _reduce_kernel,
+            pointers | shapes | {"BLOCK": "constexpr"},
+            {"BLOCK": COLUMN_BLOCK},
+            aligned=("logits_ptr", "columns", "stride"),
         )
+    ]
     for slope in ("bf16", "fp16", "fp32"):
         values = {"logits": "*fp32", "slope": f"*{slope}", "target": "*i64"}
         values |= {"normaliser": "*fp32", "coefficient": "*fp32"}
@@ -168,7 +147,6 @@ class _Running(NamedTuple):
     highest: Tensor  # the largest logit
     total: Tensor  # the sum of exponentials relative to it
     chosen: Tensor  # the target's logit, 0 as long as it was not met
-    weighted: Tensor  # the sum of exponential times logit; (0,) where no entropy is asked for
 
     def of(self, part: slice) -> _Running:
         return _Running(*(value[part] for value in self))
@@ -176,13 +154,10 @@ class _Running(NamedTuple):
 
 def _reduce(tile: Tensor, running: _Running, target: Tensor, first: int, scale: float) -> None:
     """Fold a tile of logits (P, C), of the columns from `first`, into the running values of its positions."""
-    entropy = running.weighted.numel() > 0
     if runs_kernels(tile):
         shapes = (tile.shape[1], tile.stride(0), first, scale)
         with torch.cuda.device_of(tile):
-            _reduce_kernel[(tile.shape[0],)](
-                tile, target, *running, *shapes, ENTROPY=entropy, BLOCK=COLUMN_BLOCK, num_warps=4
-            )
+            _reduce_kernel[(tile.shape[0],)](tile, target, *running, *shapes, BLOCK=COLUMN_BLOCK, num_warps=4)
         return
     if not tile.shape[1]:
         return
@@ -195,8 +170,6 @@ def _reduce(tile: Tensor, running: _Running, target: Tensor, first: int, scale: 
     e = (logits - highest[:, None]).exp_()
     running.highest.copy_(highest)
     running.total.mul_(kept).add_(e.sum(-1))
-    if entropy:
-        running.weighted.mul_(kept).add_(e.mul_(logits).sum(-1))
 
 
 def _slope(
@@ -248,16 +221,13 @@ class _Problem(NamedTuple):
 class _Tiles:
     """How a problem is cut into tiles, and memory for one tile of logits and one of its slope."""
 
-    def __init__(self, problem: _Problem, *, slope: bool, positions: int | None = None) -> None:
-        """positions: a block of that many positions and of all rows instead of the usual tile."""
+    def __init__(self, problem: _Problem, *, slope: bool) -> None:
         self.problem = problem
         hidden, rows = problem.hidden, problem.weight.shape[0]
         scored = hidden.shape[0]
         size = min(max(scored * rows // 16, SMALLEST_TILE), LARGEST_TILE)
         # long on the side that has more: the gradient of the other side then needs no sum over products
-        if positions is not None:
-            height, width = min(scored, positions), rows
-        elif rows < scored:
+        if rows < scored:
             width = max(1, min(rows, LONGEST))
             height = min(scored, size // width)
         else:
@@ -288,11 +258,9 @@ class _Tiles:
         return out
 
 
-def _start(problem: _Problem, entropy: bool) -> _Running:
-    zeros = problem.hidden.new_zeros((3, problem.hidden.shape[0]), dtype=_wide(problem.hidden.dtype))
-    return _Running(
-        torch.full_like(zeros[0], -torch.inf), zeros[0], zeros[1], zeros[2] if entropy else zeros[2, :0]
-    )
+def _start(problem: _Problem) -> _Running:
+    total, chosen = problem.hidden.new_zeros((2, problem.hidden.shape[0]), dtype=_wide(problem.hidden.dtype))
+    return _Running(torch.full_like(total, -torch.inf), total, chosen)
 
 
 def _combine(running: _Running, group: ProcessGroup | None) -> _Running:
@@ -302,15 +270,13 @@ def _combine(running: _Running, group: ProcessGroup | None) -> _Running:
     top = running.highest.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     kept = (running.highest - top).exp()
-    entropy = running.weighted.numel() > 0
-    parts = [running.total * kept, running.chosen, *([running.weighted * kept] if entropy else [])]
-    sums = torch.stack(parts)
+    sums = torch.stack([running.total * kept, running.chosen])
     dist.all_reduce(sums, group=group)
-    return _Running(top, sums[0], sums[1], sums[2] if entropy else running.weighted)
+    return _Running(top, sums[0], sums[1])
 
 
-def _forward(problem: _Problem, entropy: bool) -> _Running:
-    running = _start(problem, entropy)
+def _forward(problem: _Problem) -> _Running:
+    running = _start(problem)
     tiles = _Tiles(problem, slope=False)
     for block in tiles.blocks:
         for part in tiles.parts:
@@ -341,37 +307,12 @@ def _gradients(problem: _Problem, normaliser: Tensor, coefficient: Tensor) -> tu
     return grad_hidden.to(hidden.dtype), grad_weight
 
 
-def _weight_gradient(problem: _Problem, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for the gradient of this process's rows, 0 in those of padding."""
+def _weight_gradient(problem: _Problem) -> Tensor:
+    """Allocate the gradient of this process's rows, 0 in those of padding."""
     rows, size = problem.weight.shape
-    gradient = problem.weight.new_empty((rows + problem.padding, size), dtype=dtype)
+    gradient = problem.weight.new_empty((rows + problem.padding, size))
     gradient[rows:] = 0
     return gradient
-
-
-def _forward_with_gradients(
-    problem: _Problem, coefficient: Tensor, positions: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probs and both gradients of sum(coefficient * log-prob), every logit computed once."""
-    hidden, weight = problem.hidden, problem.weight
-    tiles = _Tiles(problem, slope=True, positions=positions)
-    running = _start(problem, entropy=False)
-    logprob, normaliser = torch.empty_like(running.total), torch.empty_like(running.total)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = _weight_gradient(problem, dtype=logprob.dtype)
-    if not tiles.parts:
-        grad_weight.zero_()
-    block = slice(0, weight.shape[0])
-    for part in tiles.parts:
-        logits = tiles.logits(part, block)
-        _reduce(logits, running.of(part), problem.target[part], 0, problem.scale)
-        highest, total, chosen, _ = _combine(running.of(part), problem.group)
-        normaliser[part] = highest + total.log()
-        logprob[part] = chosen - normaliser[part]
-        slope = tiles.slope(logits, part, block, normaliser, coefficient)
-        product(slope, weight, grad_hidden[part])
-        product(slope.T, hidden[part], grad_weight[block], add=part.start > 0)
-    return logprob, grad_hidden, grad_weight.to(weight.dtype)
 
 
 # ---------------------------------------------------------------- autograd
@@ -394,55 +335,19 @@ class _Options(NamedTuple):
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, options: _Options, statistics: bool
-    ) -> tuple[Tensor, ...]:
-        highest, total, chosen, weighted = _forward(options.problem(hidden, weight, target), statistics)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, options: _Options) -> Tensor:
+        highest, total, chosen = _forward(options.problem(hidden, weight, target))
         normaliser = highest + total.log()
         ctx.save_for_backward(hidden, weight, target, normaliser)
         ctx.options = options
-        if not statistics:
-            return (chosen - normaliser,)
-        entropy, hit = normaliser - weighted / total, chosen >= highest
-        ctx.mark_non_differentiable(entropy, hit)
-        return chosen - normaliser, entropy, hit
+        return chosen - normaliser
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, normaliser = ctx.saved_tensors
         problem = ctx.options.problem(hidden, weight, target)
         grad_hidden, grad_weight = _gradients(problem, normaliser, grad.contiguous())
-        return grad_hidden, grad_weight, None, None, None
-
-
-class _LinearLogProbSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor]:
-        problem = options.problem(hidden, weight, target)
-        coefficient = coefficient.to(_wide(hidden.dtype)).contiguous()
-        # of the rows with their padding, equal on all processes: so are then the blocks, and the collectives
-        positions = LARGEST_TILE // max(1, weight.shape[0])
-        if positions >= min(hidden.shape[0], WORTHWHILE_BLOCK):
-            logprob, grad_hidden, grad_weight = _forward_with_gradients(problem, coefficient, positions)
-        else:
-            highest, total, chosen, _ = _forward(problem, entropy=False)
-            normaliser = highest + total.log()
-            logprob = chosen - normaliser
-            grad_hidden, grad_weight = _gradients(problem, normaliser, coefficient)
-        ctx.gradients = grad_hidden, grad_weight
-        ctx.mark_non_differentiable(logprob)
-        return (coefficient * logprob).sum(), logprob
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("linear_logprob_sum: its gradients were used up by an earlier backward pass")
-        # in place: a second copy of the weight's gradient may be what no longer fits
-        grad_hidden, grad_weight = (gradient.mul_(grad) for gradient in ctx.gradients)
-        ctx.gradients = None
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None
 
 
 # ---------------------------------------------------------------- the operation
@@ -480,51 +385,5 @@ def linear_logprob(
         (L,) float32 (float64 for float64), equal on all processes of `group`.
     """
     options = _Options(group, first_row, real_rows, temperature)
-    return _LinearLogProb.apply(hidden, weight, target, options, False)[0]
-
-
-def linear_logprob_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    group: ProcessGroup | None = None,
-    first_row: int = 0,
-    real_rows: int | None = None,
-    temperature: float = 1.0,
-) -> LogProb:
-    """`linear_logprob` with the entropy and the top-1 hit of every position, at no extra pass over the logits.
-
-    Arguments as there. The two carry no gradient.
-    """
-    options = _Options(group, first_row, real_rows, temperature)
-    return LogProb(*_LinearLogProb.apply(hidden, weight, target, options, True))
-
-
-def linear_logprob_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    coefficient: Tensor,
-    *,
-    group: ProcessGroup | None = None,
-    first_row: int = 0,
-    real_rows: int | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """sum(coefficient * log-prob), where the coefficients are known beforehand: no logit is computed twice.
-
-    Both gradients are made in the forward pass, so what is asked for is the sum and not the log-probs: those
-    could be given a gradient that is not the coefficients'. Fewer than `WORTHWHILE_BLOCK` positions in a tile of
-    all rows (R above 65,536), and the logits are computed again after all. Memory as in `linear_logprob`, and
-    the weight's gradient in float32.
-
-    Args:
-        coefficient: (L,) float, without a gradient of its own; for the mean cross-entropy -1 / L.
-        others: as in `linear_logprob`.
-
-    Returns:
-        the sum, a scalar, differentiable in hidden and weight; and the log-probs (L,), detached.
-    """
-    options = _Options(group, first_row, real_rows, temperature)
-    return _LinearLogProbSum.apply(hidden, weight, target, coefficient, options)
+    found: Tensor = _LinearLogProb.apply(hidden, weight, target, options)
+    return found

@@ -18,31 +18,10 @@ from torch import Tensor
 
 from silva.kernels.build import Build
 from silva.kernels.dispatch import jit, tl
-from silva.kernels.preference_terms import preference_terms
+from silva.kernels.preference_terms import TERMS, preference_terms
 
 POSITION_BLOCK = 1024  # positions per step: eight per thread of four warps
 LANES = 32  # sequences or comparisons per step: trees have a few to some tens of them
-
-# objective -> what it reads beside the log-probs or rewards
-REFERENCE = ("dpo", "ipo", "cdpo", "hinge", "nca", "kto")
-REWARD = ("bt", "bt_margin", "bt_dr")
-# objective -> the numbers it reads beside beta
-NUMBERS = {
-    "cdpo": ("label_smoothing",),
-    "kto": ("lambda_desirable", "lambda_undesirable"),
-    "simpo": ("gamma",),
-    "bt_margin": ("margin",),
-}
-HYPERPARAMETERS = (
-    "beta",
-    "gamma",
-    "margin",
-    "label_smoothing",
-    "ipo_average",
-    "lambda_desirable",
-    "lambda_undesirable",
-)
-OBJECTIVES = ("sft", *REFERENCE, "simpo", "orpo", *REWARD)
 
 
 class Structure(NamedTuple):
@@ -328,7 +307,7 @@ def aot_builds(capability: int) -> list[Build]:
     floats |= {f"{name}_ptr": "*fp64" for name in ("sums", "span", "partial")}
     floats |= {"beta": "fp32", "first": "fp32", "second": "fp32"}
     builds = []
-    for objective in OBJECTIVES:
+    for objective in TERMS:
         constants = _constants(objective, ipo_average=True)
         signature = {
             name: "constexpr" if name in constants else floats.get(name, "*i32")
@@ -356,8 +335,8 @@ def _counter(device: torch.device) -> Tensor:
 def _constants(objective: str, *, ipo_average: bool) -> dict[str, Any]:
     return {
         "OBJECTIVE": objective,
-        "REFERENCE": objective in REFERENCE,
-        "REWARD": objective in REWARD,
+        "REFERENCE": TERMS[objective].reference,
+        "REWARD": TERMS[objective].reward,
         "AVERAGE": ipo_average,
         "BLOCK": POSITION_BLOCK,
         "LANES": LANES,
@@ -430,12 +409,8 @@ def preference_loss(
     reference_logprob: Tensor | None = None,
     kl: Tensor | None = None,
     beta: float = 0.1,
-    gamma: float = 0.0,
-    margin: float = 0.0,
-    label_smoothing: float = 0.0,
     ipo_average: bool = True,
-    lambda_desirable: float = 1.0,
-    lambda_undesirable: float = 1.0,
+    **numbers: float,
 ) -> PreferenceLoss:
     """Spans to sequences to comparisons to the loss, and back to one coefficient per position, in one launch.
 
@@ -445,28 +420,25 @@ def preference_loss(
     Args:
         values: (L,) float32 log-probs of the scored positions, or (N,) rewards for bt, bt_margin and bt_dr.
         structure: on the device of `values`.
-        objective: one of `OBJECTIVES`; its equation is in `silva.engine.objectives`.
-        reference_logprob: (N,) float32, for the objectives in `REFERENCE`.
+        objective: one of `TERMS`; its equation is in `silva.engine.objectives`.
+        reference_logprob: (N,) float32, for the objectives that have a reference.
         kl: scalar float32, for kto: the KL estimate over the global batch; negative counts as 0.
-        others: the `HYPERPARAMETERS`, of which an objective reads its own.
+        numbers: by the names in `TERMS`; those of other objectives are not read.
 
     Raises:
-        ValueError: an objective that is not known, or without the reference or the estimate it needs.
+        ValueError: an objective that is not known, or without the reference, the estimate or a number it needs.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"preference_loss: no objective {objective!r}, only {', '.join(OBJECTIVES)}")
-    if objective in REFERENCE and reference_logprob is None:
+    if objective not in TERMS:
+        raise ValueError(f"preference_loss: no objective {objective!r}, only {', '.join(TERMS)}")
+    terms = TERMS[objective]
+    if terms.reference and reference_logprob is None:
         raise ValueError(f"preference_loss: {objective} needs `reference_logprob`")
     if objective == "kto" and kl is None:
         raise ValueError("preference_loss: kto needs `kl`")
-    read = {
-        "label_smoothing": label_smoothing,
-        "lambda_desirable": lambda_desirable,
-        "lambda_undesirable": lambda_undesirable,
-        "gamma": gamma,
-        "margin": margin,
-    }
-    first, second, *_ = (*(read[name] for name in NUMBERS.get(objective, ())), 0.0, 0.0)
+    missing = [name for name in terms.numbers if name not in numbers]
+    if missing:
+        raise ValueError(f"preference_loss: {objective} needs `{missing[0]}`")
+    first, second, *_ = (*(numbers[name] for name in terms.numbers), 0.0, 0.0)
     values = values.float().contiguous()
     return PreferenceLoss(
         *_PreferenceLoss.apply(

@@ -1,17 +1,50 @@
-"""The objectives in Triton: the loss of a comparison and its slopes, written out.
+"""States in Triton the losses that have a fused kernel: the loss of a comparison and its slopes, written out.
 
 Their torch definitions, with equations and sources, are `silva.engine.objectives`; the tests hold every formula and
-every slope here to them in float64. A constexpr chooses the objective, so a compiled kernel has one of them.
+every slope here to them in float64. A constexpr chooses the loss, so a compiled kernel has one of them. A loss that is
+not here runs through autograd.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from silva.kernels.dispatch import jit, tl
+
+
+class Terms(NamedTuple):
+    """Says what a fused loss reads beside the log-probs or rewards and `beta`.
+
+    Attributes:
+        reference: whether log-probs under the reference policy are subtracted.
+        reward: whether its values are rewards, one per sequence, not log-probs of positions.
+        numbers: the keys of the recipe that it reads as `first` and `second`.
+    """
+
+    reference: bool = False
+    reward: bool = False
+    numbers: tuple[str, ...] = ()
+
+
+TERMS = {
+    "sft": Terms(),
+    "dpo": Terms(reference=True),
+    "ipo": Terms(reference=True),
+    "cdpo": Terms(reference=True, numbers=("label_smoothing",)),
+    "hinge": Terms(reference=True),
+    "nca": Terms(reference=True),
+    "kto": Terms(reference=True, numbers=("lambda_desirable", "lambda_undesirable")),
+    "simpo": Terms(numbers=("gamma",)),
+    "orpo": Terms(),
+    "bt": Terms(reward=True),
+    "bt_margin": Terms(reward=True, numbers=("margin",)),
+    "bt_dr": Terms(reward=True),
+}
 
 
 @jit
 def _log1p(y):
-    """log(1 + y) for |y| <= 1: what rounding 1 + y lost is added to first order."""
+    """Compute log(1 + y) for |y| <= 1: what rounding 1 + y lost is added to first order."""
     u = 1.0 + y
     return tl.log(u) - ((u - 1.0) - y) / u
 
@@ -29,7 +62,7 @@ def _sigmoid(x):
 
 @jit
 def _one_minus_exp(x):
-    """1 - exp(x) for x <= 0; above -log 2 by its series, of which what is left out is under 1e-9 of the sum."""
+    """Compute 1 - exp(x) for x <= 0; above -log 2 by its series, whose tail is under 1e-9 of the sum."""
     y = 1.0
     for k in tl.static_range(10):
         y = 1.0 + x * y / (11 - k)
@@ -50,9 +83,11 @@ def preference_terms(
     OBJECTIVE: tl.constexpr,
     AVERAGE: tl.constexpr,
 ):
-    """Loss, its slopes in the two inputs, and the two rewards.
+    """Compute the loss of a comparison, its slopes in the two inputs, and the two rewards.
 
-    chosen, rejected: sums of log pi, minus log pi_ref where the objective has a reference; or rewards.
+    Args:
+        chosen, rejected: sums of log pi, minus log pi_ref where the loss has a reference; or rewards.
+        first, second: the numbers that `TERMS` names.
     """
     if OBJECTIVE == "dpo" or OBJECTIVE == "cdpo" or OBJECTIVE == "hinge":
         c, r = beta * chosen, beta * rejected

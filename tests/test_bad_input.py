@@ -28,8 +28,12 @@ class Ended(NamedTuple):
 
 def _main(program: Any, arguments: list[str]) -> Ended:
     out, error = io.StringIO(), io.StringIO()
-    cli._others_are_left = lambda: False  # this process has more to tell than its end
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+    ):
+        patch.setattr(cli, "_others_are_left", lambda: False)  # this process has more to tell than its end
         code = program.main(arguments)
     return Ended(code, out.getvalue(), error.getvalue())
 

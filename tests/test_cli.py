@@ -14,8 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from worlds import world
 
 from silva.engine import cli
-from silva.engine.config import Parallel
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Parallel
 
 
 def refuse() -> None:

@@ -15,24 +15,23 @@ from silva.engine.parallel import groups, optimizer
 import numpy as np
 import pytest
 import random_models
-import shapes
 import tiny
 import torch
 from worlds import world
 
-from silva.engine.config import Objective, Parallel, Training
-from silva.engine.data.balance import CostModel
-from silva.engine.data.chat import ChatTokenizer, TokenSequence
+from benchmarks import ultrainteract
 from silva.engine.data.dataset import DataSet
-from silva.engine.data.formats import Message
-from silva.engine.data.group import TokenGroup
-from silva.engine.data.loader import BatchPlan
-from silva.engine.data.packing import Piece, TreeBatch, pack_row
-from silva.engine.data.tree import merge
-from silva.engine.metrics import likelihood_sums, preference_sums
+from silva.engine.data.loader import BatchLoader
+from silva.engine.data.reading.messages import Message
+from silva.engine.data.text.chat import ChatTokenizer, TokenSequence
+from silva.engine.data.trees.balance import CostModel
+from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.trees.tree import merge
 from silva.engine.model import gpt, hf
 from silva.engine.objectives import OBJECTIVES
-from silva.engine.passes import run_rows
+from silva.engine.recipe.schema import Objective, Parallel, Training
+from silva.engine.training.step import Step, StepSettings
 
 OBJECTIVE_NAMES = ["sft", "dpo", "ipo", "nca", "kto", "simpo", "bt", "bt_dr"]
 Tree = tuple[list[TokenSequence], list[tuple[int, int]]]
@@ -77,19 +76,11 @@ def loss_and_gradient(model: Path, rows: list[TreeBatch], name: str) -> tuple[fl
     bare = gpt.build(shape, layout, head=objective.head, dtype=torch.float64)
     hf.load(bare, model, shape)
     chunks = optimizer.wrap(bare, layout)
-    optimizer.build(chunks, Training(global_batch=1, learning_rate=1.0), layout)
+    made = optimizer.build(chunks, Training(global_batch=1, learning_rate=1.0), layout)
+    step = Step(chunks, made, objective, StepSettings(settings, multiple=8, pad_id=0))
     count = sum(int(row.scored.sum()) if name == "sft" else len(row.comparisons) for row in rows)
-    kl = torch.tensor(0.3)
-
-    def loss(values: torch.Tensor, batch: TreeBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        result = objective.preference(
-            values, batch.reference_logprob, batch.scored, batch.comparisons, batch.absolute, kl, settings
-        )
-        sums = likelihood_sums(result.loss) if name == "sft" else preference_sums(result, batch.comparisons)
-        return result.loss.sum() / count, sums
-
-    chunks[0].zero_grad_buffer()
-    sums = run_rows(chunks, rows, loss, training=True)
+    step.clear_gradients()
+    sums = step.pass_over(rows, count, kl=torch.tensor(0.3), training=True)
     return float(sums[0]), [p.main_grad.clone() for p in chunks[0].parameters()]
 
 
@@ -208,7 +199,7 @@ def step_rows(data: DataSet, reference: np.ndarray, name: str, **layout: Any) ->
     cost = CostModel(token=40.0, pair=1.0)
     rows = []
     for rank in range(layout.get("ranks", 1)):
-        rows += BatchPlan(data, rank=rank, cost=cost, **settings, **layout)[1].rows
+        rows += BatchLoader(data, rank=rank, cost=cost, **settings, **layout)[1].rows
     return [pack_row(row, multiple=8, pad_id=0, reference_logprob=reference) for row in reversed(rows)]
 
 
@@ -226,7 +217,7 @@ LAYOUTS = [
 def compare_layouts(model: Path, names: list[str]) -> list[tuple[str, float, float, int]]:
     """As `compare`, each layout against one row with the whole step; and the tokens of the layout's rows."""
     groups.initialize(Parallel())
-    data = DataSet.of(shapes.ultrainteract(12, seed=2, vocabulary=300, scale=0.05))
+    data = DataSet.of(ultrainteract.groups(12, seed=2, vocabulary=300, scale=0.05))
     lengths = np.concatenate([data.group(k).scored for k in range(len(data))])
     reference = (-5.0 * lengths + np.random.default_rng(0).standard_normal(len(lengths))).astype(np.float32)
     found = []

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from silva.engine import config, objectives
+from silva.engine import objectives
 from silva.engine.objectives import OBJECTIVES, Preference
+from silva.engine.recipe import schema as config
 
 torch.set_num_threads(1)
 
@@ -48,7 +49,7 @@ class Batch:
     def leaf(self, name: str) -> torch.Tensor:
         return self.rewards if OBJECTIVES[name].head == "reward" else self.policy
 
-    def run(self, name: str, settings: objectives.Settings = SETTINGS, kl: float = KL) -> Preference:
+    def run(self, name: str, settings: config.Objective = SETTINGS, kl: float = KL) -> Preference:
         return OBJECTIVES[name].preference(
             self.leaf(name),
             self.reference,
@@ -270,7 +271,20 @@ def test_computed_in_at_least_float32(name, dtype):
 
 
 def test_the_table():
-    assert list(OBJECTIVES) == list(config.OBJECTIVE_KEYS)
+    assert list(OBJECTIVES) == [
+        "sft",
+        "dpo",
+        "ipo",
+        "cdpo",
+        "hinge",
+        "nca",
+        "kto",
+        "simpo",
+        "orpo",
+        "bt",
+        "bt_margin",
+        "bt_dr",
+    ]
     rewards = {name for name, objective in OBJECTIVES.items() if objective.head == "reward"}
     assert rewards == {"bt", "bt_margin", "bt_dr"}
     free = {name for name, objective in OBJECTIVES.items() if not objective.needs_reference}
@@ -282,7 +296,7 @@ def test_the_table():
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_each_objective_reads_its_keys_and_no_others(name):
-    """What `settings` names changes the loss; what it does not name does not. The same for the reference."""
+    """What `keys` names changes the loss; what it does not name does not. The same for the reference."""
     before = Batch().run(name)
     other = {
         "beta": 0.3,
@@ -295,7 +309,7 @@ def test_each_objective_reads_its_keys_and_no_others(name):
     }
     for key, value in other.items():
         after = Batch().run(name, SETTINGS.model_copy(update={key: value}))
-        assert torch.equal(before.loss, after.loss) == (key not in OBJECTIVES[name].settings)
+        assert torch.equal(before.loss, after.loss) == (key not in OBJECTIVES[name].keys)
     assert torch.equal(before.loss, Batch().run(name, kl=1.0).loss) == (not OBJECTIVES[name].needs_kl)
     batch = Batch()
     batch.reference = (

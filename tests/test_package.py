@@ -37,7 +37,7 @@ def test_the_wheel_holds_every_module_recipe_and_the_mini_data(wheel):
             for path in (ROOT / folder).rglob(pattern)
         }
         assert wanted - names == set()
-    assert "silva/engine/data/tree.py" in names
+    assert "silva/engine/data/trees/tree.py" in names
     assert "silva/recipes/mini-sft.yaml" in names
     assert "silva/recipes/mini/pair.jsonl.gz" in names
 
@@ -51,7 +51,7 @@ def test_the_wheel_holds_nothing_else(wheel):
 def test_the_installed_package_finds_its_recipes(wheel, tmp_path):
     wheel.extractall(tmp_path)
     printed = python(
-        "from silva.engine import config; recipe = config.load('mini-sft'); print(recipe.data.train[0].path)",
+        "from silva.engine.recipe.loading import load; recipe = load('mini-sft'); print(recipe.data.train[0].path)",
         cwd=tmp_path,
         path=tmp_path,
     )

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silva.engine.data import pipeline, store
-from silva.engine.data.chat import ChatTokenizer
-from silva.engine.data.decontaminate import Decontaminator
 from silva.engine.data.encoding import Encoder, Unit
-from silva.engine.data.group import TokenGroup
 from silva.engine.data.report import Report
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.data.text.decontaminate import Decontaminator
+from silva.engine.data.trees.group import TokenGroup
 from silva.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from silva.engine.config import Data, Source
+    from silva.engine.recipe.schema import Data, Source
 
 Numbers = NDArray[np.int64]
 
@@ -142,7 +142,7 @@ def prepare(
     encoder = Encoder(tokenizer, settings, unit)
     folders = [
         pipeline.build(
-            pipeline.Job(source, encoder, decontaminator), cache, workers=settings.workers, say=say
+            pipeline.SourceTask(source, encoder, decontaminator), cache, workers=settings.workers, say=say
         )
         for source in sources
     ]

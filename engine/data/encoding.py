@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from silva.engine.data.chat import ChatTokenizer, TokenSequence
-from silva.engine.data.formats import Comparison, Group
-from silva.engine.data.group import ABSENT, TokenGroup, front_code, instruction_digest
+from silva.engine.data.reading.parsed import Kind as Unit
+from silva.engine.data.reading.source import Comparison, Group
 from silva.engine.data.report import Report
+from silva.engine.data.text.chat import ChatTokenizer, TokenSequence
+from silva.engine.data.trees.group import ABSENT, TokenGroup, front_code, instruction_digest
 from silva.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from silva.engine.config import Data
-
-Unit = Literal["sequence", "comparison"]
+    from silva.engine.recipe.schema import Data
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.balance import BY_TOKENS, CostModel, spread
-from silva.engine.data.chat import TokenSequence
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.encoding import Unit
-from silva.engine.data.group import ABSENT, TokenGroup
-from silva.engine.data.packing import Piece
-from silva.engine.data.splitting import Part
-from silva.engine.data.tree import merge
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.balance import BY_TOKENS, CostModel, spread
+from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.packing import Piece
+from silva.engine.data.trees.splitting import Part
+from silva.engine.data.trees.tree import merge
 from silva.engine.errors import UserError
 
 AHEAD = 2  # batches that are built before they are asked for
@@ -59,7 +59,7 @@ class GlobalBatch:
         return int((np.maximum(1, -(-self.tokens // multiple)) * multiple).sum())
 
 
-class BatchPlan:
+class BatchLoader:
     """Cuts a data set into global batches of exactly `global_batch` units (the last of an epoch may be smaller).
 
     A tree that crosses the end of a batch is cut there between two comparisons: the batch holds what a

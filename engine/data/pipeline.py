@@ -13,7 +13,6 @@ that name only when it is whole.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -31,17 +31,17 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from silva.engine.data import store
-from silva.engine.data.decontaminate import Decontaminator, Match
 from silva.engine.data.encoding import Encoder, instructions
-from silva.engine.data.files import fingerprint, open_rows
-from silva.engine.data.formats import Group, assemble, check_source, parse_row
-from silva.engine.data.parsed import Parsed
+from silva.engine.data.reading.files import fingerprint
+from silva.engine.data.reading.parsed import Parsed
+from silva.engine.data.reading.source import Group, SourceReader
 from silva.engine.data.report import Report
+from silva.engine.data.text.decontaminate import Decontaminator, Match
 from silva.engine.errors import UserError
 from silva.engine.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from silva.engine.config import Source
+    from silva.engine.recipe.schema import Source
 
 Say = Callable[[str], None]
 VERSION = 1  # raised whenever the same input would give other shards
@@ -52,12 +52,17 @@ _READ_EVERY = 1000  # rows between two updates of the progress bar
 
 
 @dataclass(frozen=True)
-class Job:
+class SourceTask:
     """What the tokens of one source depend on."""
 
     source: Source
     encoder: Encoder
     decontaminator: Decontaminator | None = None
+
+    @cached_property
+    def reader(self) -> SourceReader:
+        """Return the source's reader; raises UserError where the source's keys cannot be meant."""
+        return SourceReader(self.source, self.encoder.unit, self.encoder.settings.on_bad_row)
 
     @property
     def key(self) -> str:
@@ -78,7 +83,7 @@ class Job:
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def build(job: Job, cache: Path, *, workers: int | None = None, say: Say | None = None) -> Path:
+def build(task: SourceTask, cache: Path, *, workers: int | None = None, say: Say | None = None) -> Path:
     """The folder of a source's shards, made unless it is there. Several processes may call it at once.
 
     Args:
@@ -89,13 +94,13 @@ def build(job: Job, cache: Path, *, workers: int | None = None, say: Say | None 
     Raises:
         UserError: unreadable or malformed data (see `formats`, `encoding`), or a worker that was killed.
     """
-    check_source(job.source, job.encoder.unit)
-    folder = cache / job.key
+    _ = task.reader  # keys that cannot be meant are refused before any byte of the source is read
+    folder = cache / task.key
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                _make(job, folder, workers or len(os.sched_getaffinity(0)), say)
+                _make(task, folder, workers or len(os.sched_getaffinity(0)), say)
     return folder
 
 
@@ -118,18 +123,18 @@ def decontaminated(folder: Path) -> Iterator[str]:
         yield from path.read_text(encoding="utf-8").splitlines()
 
 
-def _make(job: Job, folder: Path, workers: int, say: Say | None) -> None:
+def _make(task: SourceTask, folder: Path, workers: int, say: Say | None) -> None:
     work = folder.with_suffix(".partial")
     work.mkdir(exist_ok=True)
     if say is not None:
-        say(f"tokenizing {job.source.path}, kept in {folder}")
+        say(f"tokenizing {task.source.path}, kept in {folder}")
     try:
         if not (work / "spooled").is_file():
-            _spool(job, work, visible=say is not None)
-        _tokenize(job, work, workers, visible=say is not None)
+            _spool(task, work, visible=say is not None)
+        _tokenize(task, work, workers, visible=say is not None)
     except BrokenProcessPool:
         raise UserError(
-            f"data source {job.source.path}: a tokenizing process was killed, most likely for want of memory; "
+            f"data source {task.source.path}: a tokenizing process was killed, most likely for want of memory; "
             f"set data.workers below {workers}. What is finished stays in {work}"
         ) from None
     except UserError:
@@ -143,34 +148,25 @@ def _make(job: Job, folder: Path, workers: int, say: Say | None) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def _spool(job: Job, work: Path, *, visible: bool) -> None:
+def _spool(task: SourceTask, work: Path, *, visible: bool) -> None:
     """Parse every row into `rows`; `rows.npy` (n, 2): where each lies, sorted by tree; `shards.npy`: cuts in it."""
-    source, unit, rule = job.source, job.encoder.unit, job.encoder.settings.on_bad_row
-    form, found = check_source(source, unit), Report()
+    found = Report()
     offsets, trees = array("q", [0]), array("q")
     numbers: dict[bytes, int] = {}
-    read = 0
     with (
         (work / "rows").open("wb") as spool,
         ProgressBar("reading", None, visible=visible, passing=True) as bar,
     ):
-        for row in itertools.islice(open_rows(source.path, source.split), source.limit):
-            read += 1
-            parsed = parse_row(row, source, form, unit, rule, found)
-            if parsed is not None:
-                name = parsed.group if form.grouped else str(read)
-                tree = hashlib.blake2b(name.encode(), digest_size=16).digest()
-                trees.append(numbers.setdefault(tree, len(numbers)))
-                offsets.append(offsets[-1] + spool.write(_line(row.origin, parsed)))
+
+        def watch(read: int) -> None:
             if read % _READ_EVERY == 0:
                 bar.advance(steps=_READ_EVERY)
-        bar.advance(steps=read % _READ_EVERY)
-    if not read:
-        raise UserError(f"data source {source.path}: it holds no rows")
-    if not trees:
-        raise UserError(
-            f"data source {source.path}: none of its {read} rows can be used: {'; '.join(found.lines())}"
-        )
+
+        for origin, parsed in task.reader.rows(found, watch=watch):
+            name = parsed.group if task.reader.format.grouped else origin
+            tree = hashlib.blake2b(name.encode(), digest_size=16).digest()
+            trees.append(numbers.setdefault(tree, len(numbers)))
+            offsets.append(offsets[-1] + spool.write(_line(origin, parsed)))
     order = np.argsort(np.array(trees), kind="stable")
     lies = np.array(offsets)
     rows = np.stack([lies[:-1], lies[1:]], 1)[order]
@@ -199,10 +195,10 @@ def _parse_line(line: bytes) -> tuple[str, Parsed]:
 
 # ---------------------------------------------------------------- tokenizing
 
-_worker_job: tuple[Job, Path] | None = None  # set in each worker when it is forked
+_worker_job: tuple[SourceTask, Path] | None = None  # set in each worker when it is forked
 
 
-def _tokenize(job: Job, work: Path, workers: int, *, visible: bool) -> None:
+def _tokenize(task: SourceTask, work: Path, workers: int, *, visible: bool) -> None:
     """Make every shard that is missing."""
     count = len(np.load(work / "shards.npy")) - 1
     missing = [number for number in range(count) if not _shard_path(work, number).is_file()]
@@ -210,13 +206,13 @@ def _tokenize(job: Job, work: Path, workers: int, *, visible: bool) -> None:
     with ProgressBar("tokenizing", count, visible=visible, start=done, passing=True) as bar:
         if min(workers, len(missing)) < 2:
             for number in missing:
-                _make_shard(job, work, number)
+                _make_shard(task, work, number)
                 bar.advance()
             return
         # Forked like torch's data loaders: the tokenizer is inherited, and no worker touches a device.
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(
-            min(workers, len(missing)), context, initializer=_start_worker, initargs=(job, work)
+            min(workers, len(missing)), context, initializer=_start_worker, initargs=(task, work)
         ) as pool:
             try:
                 for _ in pool.map(_work, missing):  # in order, so the first error is that of the first row
@@ -226,10 +222,10 @@ def _tokenize(job: Job, work: Path, workers: int, *, visible: bool) -> None:
                 raise
 
 
-def _start_worker(job: Job, work: Path) -> None:
+def _start_worker(task: SourceTask, work: Path) -> None:
     global _worker_job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
-    _worker_job = job, work
+    _worker_job = task, work
 
 
 def _work(number: int) -> None:
@@ -237,21 +233,20 @@ def _work(number: int) -> None:
     _make_shard(*_worker_job, number)
 
 
-def _make_shard(job: Job, work: Path, number: int) -> None:
+def _make_shard(task: SourceTask, work: Path, number: int) -> None:
     """Tokenize the trees of one shard; its Arrow file appears last, and whole."""
     begin, end = np.load(work / "shards.npy")[number : number + 2].tolist()
     lies = np.load(work / "rows.npy", mmap_mode="r")[begin:end]
-    source, unit, rule = job.source, job.encoder.unit, job.encoder.settings.on_bad_row
     found, groups, removed = Report(), [], []
     with (work / "rows").open("rb") as spool:
         rows = (_parse_line(_read(spool, *place)) for place in lies.tolist())
-        for group in assemble(rows, source, check_source(source, unit), unit, rule, found):
-            match = _in_a_test_set(group, job.decontaminator)
+        for group in task.reader.groups(rows, found):
+            match = _in_a_test_set(group, task.decontaminator)
             if match is not None:
                 found.skip(f"instruction is in test set {match.name}", group.origin)
                 removed.append({"origin": group.origin, "test_set": match.name, "matched": match.text})
                 continue
-            tokenized = job.encoder(group, found)
+            tokenized = task.encoder(group, found)
             if tokenized is not None:
                 groups.append(tokenized)
     path = _shard_path(work, number)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from silva.engine.data.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup
 
 _LISTS = ("tokens", "length", "shared", "run_pointer", "runs", "comparisons")
 _BYTES = ("instruction", "digest")

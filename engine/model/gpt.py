@@ -37,8 +37,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from silva.engine.data.packing import TreeBatch
-from silva.engine.data.row_share import LARGEST_BLOCK, RowShare
+from silva.engine.data.trees.packing import TreeBatch
+from silva.engine.data.trees.row_share import LARGEST_BLOCK, RowShare
 from silva.engine.errors import UserError
 from silva.engine.model.heads import LogProbHead, RewardHead
 from silva.engine.model.hf_layout import ModelShape, padded_vocabulary
@@ -47,7 +47,7 @@ from silva.kernels.layers import rms_norm, rotary, rotary_angles, swiglu
 from silva.kernels.tree_attention import Blocks, attention_blocks, tree_attention
 
 if TYPE_CHECKING:
-    from silva.engine.config import Parallel
+    from silva.engine.recipe.schema import Parallel
 
 Head = Literal["lm", "reward"]
 
@@ -255,8 +255,8 @@ def stage_layers(shape: ModelShape, parallel: Parallel) -> list[int]:
     Raises:
         UserError: they are not those of the model, or it cannot be cut into equal stages and no others are given.
     """
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    given = parallel.stage_layers
+    parallel.check()
+    stages, given = parallel.chunks, parallel.stage_layers
     if given is None:
         if shape.layers % stages:
             raise UserError(
@@ -264,11 +264,6 @@ def stage_layers(shape: ModelShape, parallel: Parallel) -> list[int]:
                 f"cannot be split into {stages} equal parts; say how many each stage gets in parallel.stage_layers"
             )
         return [shape.layers // stages] * stages
-    if len(given) != stages:
-        raise UserError(
-            f"parallel.stage_layers is {given}, but parallel.pipeline x parallel.virtual_pipeline is {stages}: one "
-            "number is needed for each"
-        )
     if sum(given) != shape.layers:
         raise UserError(
             f"parallel.stage_layers is {given}, together {sum(given)} layers, but the model has {shape.layers}"
@@ -450,7 +445,7 @@ def logits(chunk: nn.Module, tokens: Tensor) -> Tensor:
     position = torch.arange(size, dtype=torch.int32, device=tokens.device)
     row = TreeParams(subtree_end=torch.full_like(position, size), position=position)
     out = _run(chunk, tokens, row, position)
-    model = _unwrapped(chunk)
+    model = unwrapped(chunk)
     if not model.post_process:
         return out
     return gather_from_tensor_model_parallel_region(out)[:, 0, : model.config.vocabulary]
@@ -458,22 +453,22 @@ def logits(chunk: nn.Module, tokens: Tensor) -> Tensor:
 
 def head_of(chunk: nn.Module) -> Head:
     """Which head the model of this chunk has, on any stage; wrapped or not."""
-    return _unwrapped(chunk).config.head
+    return unwrapped(chunk).config.head
 
 
 def window_of(chunk: nn.Module) -> int | None:
     """Tokens that attention looks back at most; None: all."""
-    return _unwrapped(chunk).config.window
+    return unwrapped(chunk).config.window
 
 
 def attention_of(chunk: nn.Module) -> str:
     """`model.attention` of the recipe."""
-    return _unwrapped(chunk).config.attention
+    return unwrapped(chunk).config.attention
 
 
 def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams, position: Tensor) -> Tensor:
     """`position`: of the whole row, as `row.subtree_end` is."""
-    config = _unwrapped(chunk).config
+    config = unwrapped(chunk).config
     if config.sequence_parallel and tokens.shape[0] % config.tensor_model_parallel_size:
         raise ValueError(
             f"a row of {tokens.shape[0]} tokens cannot be split over {config.tensor_model_parallel_size} "
@@ -499,7 +494,8 @@ def _local_group(config: SilvaConfig) -> int:
     return config.num_attention_heads // tp // max(config.num_query_groups // tp, 1)
 
 
-def _unwrapped(chunk: nn.Module) -> Any:
+def unwrapped(chunk: nn.Module) -> Any:
+    """Return the model under megatron-core's wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk

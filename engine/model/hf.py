@@ -23,7 +23,7 @@ from torch import nn
 
 from silva.engine.errors import UserError
 from silva.engine.model.hf_export import export
-from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, pieces, tensors
+from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, slices, tensors
 
 __all__ = ["ModelShape", "export", "fetch", "load", "read_shape"]
 
@@ -298,10 +298,10 @@ def _fill(
     read = 0
     layer = global_layer(chunk, name)
     rank, size = groups.tensor_rank(), groups.tensor_size()
-    for piece in pieces(name, layer, shape, tensor_rank=rank, tensor_size=size):
-        source = checkpoint.tensor(piece.tensor)
-        cut = slice(piece.start, piece.stop)
-        values = source[cut] if piece.dim == 0 else source[:, cut]
-        parameter.narrow(piece.dim, piece.at, piece.stop - piece.start).copy_(values)
+    for own in slices(name, layer, shape, tensor_rank=rank, tensor_size=size):
+        source = checkpoint.tensor(own.tensor)
+        cut = slice(own.start, own.stop)
+        values = source[cut] if own.dim == 0 else source[:, cut]
+        parameter.narrow(own.dim, own.at, own.stop - own.start).copy_(values)
         read += values.nbytes
     return read

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from silva.engine.data import tokenizer_files
+from silva.engine.data.text import tokenizer_files
 from silva.engine.errors import UserError
-from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, pieces
+from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, slices
 
 RewardFormat = Literal["sequence_classification", "eurus", "both"]
 MARKER = "silva_export.json"  # says that a folder was written here and may be replaced
@@ -198,9 +198,9 @@ def _whole_tensors(
     found: dict[str, list[tuple[int, int, Tensor]]] = {}
     layer = global_layer(chunk, name)
     for rank, share in enumerate(shares):
-        for piece in pieces(name, layer, shape, tensor_rank=rank, tensor_size=len(shares)):
-            part = share.narrow(piece.dim, piece.at, piece.stop - piece.start)
-            found.setdefault(piece.tensor, []).append((piece.start, piece.dim, part))
+        for own in slices(name, layer, shape, tensor_rank=rank, tensor_size=len(shares)):
+            part = share.narrow(own.dim, own.at, own.stop - own.start)
+            found.setdefault(own.tensor, []).append((own.start, own.dim, part))
     for tensor, parts in found.items():
         parts.sort(key=lambda part: part[0])
         yield tensor, torch.cat([part for _, _, part in parts], dim=parts[0][1])

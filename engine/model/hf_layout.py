@@ -1,6 +1,6 @@
 """Where every slice of a megatron-core parameter lies in a Hugging Face Llama or Mistral checkpoint.
 
-Import and export both walk the pieces given here, so each is the other's inverse by construction.
+Import and export both walk the slices given here, so each is the other's inverse by construction.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ModelShape:
     max_position: int
 
 
-class Piece(NamedTuple):
+class Slice(NamedTuple):
     """`parameter.narrow(dim, at, stop - start)` is `tensor[start:stop]` along `dim`."""
 
     tensor: str
@@ -80,10 +80,10 @@ def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def pieces(
+def slices(
     parameter: str, layer: int | None, shape: ModelShape, *, tensor_rank: int, tensor_size: int
-) -> Iterator[Piece]:
-    """The pieces one tensor-parallel process's share of a parameter is made of; a reward head's is not here.
+) -> Iterator[Slice]:
+    """The slices one tensor-parallel process's share of a parameter is made of; a reward head's is not here.
 
     Args:
         parameter: megatron-core's name within a stage.
@@ -93,9 +93,9 @@ def pieces(
         KeyError: an unknown parameter.
     """
 
-    def share(tensor: str, dim: int, size: int, at: int = 0) -> Piece:
+    def share(tensor: str, dim: int, size: int, at: int = 0) -> Slice:
         part = size // tensor_size
-        return Piece(tensor, dim, tensor_rank * part, (tensor_rank + 1) * part, at)
+        return Slice(tensor, dim, tensor_rank * part, (tensor_rank + 1) * part, at)
 
     match = LAYER.fullmatch(parameter)
     name, prefix = (match[1], f"model.layers.{layer}.") if match else (parameter, "")
@@ -113,17 +113,17 @@ def pieces(
         start, stop = (min((tensor_rank + n) * part, shape.vocab) for n in (0, 1))
         if stop > start:  # the rest is padding
             tensor = OUTPUT if name == "output_layer.weight" and not shape.tied else EMBEDDING
-            yield Piece(tensor, 0, start, stop, 0)
+            yield Slice(tensor, 0, start, stop, 0)
     else:
         norms = {
             "input_layernorm.weight": "input_layernorm.weight",
             "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
             "decoder.final_layernorm.weight": "model.norm.weight",
         }
-        yield Piece(prefix + norms[name], 0, 0, shape.hidden, 0)
+        yield Slice(prefix + norms[name], 0, 0, shape.hidden, 0)
 
 
-def _query_key_value(prefix: str, shape: ModelShape, tensor_rank: int, tensor_size: int) -> Iterator[Piece]:
+def _query_key_value(prefix: str, shape: ModelShape, tensor_rank: int, tensor_size: int) -> Iterator[Slice]:
     """Per key-value head: the query heads that read it, its key, its value; split by rows over processes.
 
     With fewer key-value heads than processes a share begins or ends within such a group.
@@ -137,7 +137,7 @@ def _query_key_value(prefix: str, shape: ModelShape, tensor_rank: int, tensor_si
             start, stop = max(row, first), min(row + count, end)
             if stop > start:
                 offset = group * count - row
-                yield Piece(
+                yield Slice(
                     f"{prefix}self_attn.{projection}.weight", 0, offset + start, offset + stop, start - first
                 )
             row += count

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from silva.engine.data.row_share import RowShare
+from silva.engine.data.trees.row_share import RowShare
 
 # torch 2.13 renamed both and warns of the old names; older ones know only those
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,17 +1,26 @@
-"""Runs functions in forked processes: what a planned job changes (groups, torch's names) never reaches the caller."""
+"""Runs functions in forked processes: alone, side by side, or as the ranks of a small gloo world on this machine.
+
+What a child changes (groups, torch's names) never reaches the caller. A child is forked from a process that has
+imported everything, so it starts in milliseconds.
+"""
 
 from __future__ import annotations
 
+import datetime
+import gc
 import multiprocessing
 import os
+import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from silva.engine.errors import UserError
 
@@ -19,58 +28,129 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class _Child(NamedTuple):
+    """A forked process and the pipe it answers through."""
+
+    connection: Connection
+    process: BaseProcess
+
+    def answer(self) -> tuple[str, Any]:
+        """Wait for what the child sends: ("result", value), or ("user error" or "failure", (text, traceback))."""
+        died = "died without a word: its process was killed"
+        try:
+            found: tuple[str, Any] = self.connection.recv()
+        except EOFError:
+            found = "failure", (died, died)
+        return found
+
+
 def isolated(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `function` returns (anything that can be sent between processes).
+    """Return what `function` returns (anything that can be sent between processes).
 
     Raises:
         UserError: as the function did.
         RuntimeError: with its traceback, for anything else it raised, or if the process died.
     """
-    return _result(*_start(function, args, kwargs))
+    return _result(_start(function, args, kwargs, quiet=True))
 
 
 def isolated_each(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
-    """`isolated` for every tuple of arguments, in their order, on as many processes at a time as there are cores."""
-    waiting: list[tuple[Connection, BaseProcess]] = []
+    """Yield `isolated` of each tuple of arguments, in their order; as many at a time as there are cores."""
+    waiting: list[_Child] = []
     todo = iter(arguments)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for _ in arguments:
         while len(waiting) < cores and (following := next(todo, None)) is not None:
-            waiting.append(_start(function, following, {}))
-        yield _result(*waiting.pop(0))
+            waiting.append(_start(function, following, {}, quiet=True))
+        yield _result(waiting.pop(0))
 
 
-def _start(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Connection, BaseProcess]:
+def world(size: int, work: Callable[..., T], *arguments: Any, timeout: float = 120) -> list[T]:
+    """Call `work(*arguments)` on `size` processes of one gloo world; the results in rank order.
+
+    Args:
+        timeout: seconds until every rank has to have answered; also of each collective.
+
+    Raises:
+        RuntimeError: a rank failed, with its traceback, or did not answer in time. The others are killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        children = {
+            rank: _start(_as_rank, (rank, size, store, timeout, work, arguments), {}) for rank in range(size)
+        }
+        results: list[Any] = [None] * size
+        failure = ""
+        until = time.monotonic() + timeout
+        while children and not failure:
+            by_connection: dict[Any, int] = {child.connection: rank for rank, child in children.items()}
+            ready = wait(list(by_connection), timeout=max(0.0, until - time.monotonic()))
+            if not ready:
+                failure = f"no answer in {timeout} s from ranks {sorted(children)}"
+            for rank in (by_connection[connection] for connection in ready):
+                child = children[rank]
+                kind, results[rank] = child.answer()
+                if kind != "result":
+                    failure = f"rank {rank}: {results[rank][1]}"
+                    break
+                child.process.join()
+                del children[rank]
+        for child in children.values():
+            child.process.kill()
+            child.process.join()
+    if failure:
+        raise RuntimeError(failure)
+    return results
+
+
+def _start(function: Callable[..., Any], args: Any, kwargs: Any, *, quiet: bool = False) -> _Child:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, function, args, kwargs))
+    # not daemonic: the writers of a checkpoint fork
+    process = context.Process(target=_serve, args=(theirs, quiet, function, args, kwargs), daemon=False)
     process.start()
     theirs.close()
-    return ours, process
+    return _Child(ours, process)
 
 
-def _result(connection: Connection, process: BaseProcess) -> Any:
-    try:
-        kind, value = connection.recv()
-    except EOFError:
-        kind, value = "died", "its process was killed"
-    process.join()
+def _result(child: _Child) -> Any:
+    kind, value = child.answer()
+    child.process.join()
     if kind == "user error":
-        raise UserError(value)
+        raise UserError(value[0])
     if kind != "result":
-        raise RuntimeError(f"the planned job failed:\n{value}")
+        raise RuntimeError(f"a forked process failed:\n{value[1]}")
     return value
 
 
-def _child(connection: Connection, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _serve(connection: Connection, quiet: bool, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # advice to a run on GPUs, and meta tensors' about themselves
+    if quiet:
+        warnings.simplefilter("ignore")  # advice to a run on GPUs, and meta tensors' about themselves
     try:
         connection.send(("result", function(*args, **kwargs)))
-    except UserError as error:
-        connection.send(("user error", str(error)))
-    except BaseException:  # whatever it was, the parent has to hear of it
-        connection.send(("failure", traceback.format_exc()))
+    except BaseException as error:  # whatever it was, the parent has to hear of it
+        kind = "user error" if isinstance(error, UserError) else "failure"
+        connection.send((kind, (str(error), traceback.format_exc())))
     finally:
         connection.close()
         os._exit(0)
+
+
+def _as_rank(
+    rank: int, size: int, store: str, timeout: float, work: Callable[..., T], arguments: tuple[Any, ...]
+) -> T:
+    gc.freeze()  # megatron-core collects garbage when it saves: not that of the parent, half a million objects
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    dist.barrier()  # work that ends the world at once would cut off a rank that is still connecting
+    result = work(*arguments)
+    if dist.is_initialized():
+        dist.barrier()  # a rank that leaves early would cut off the others
+    return result

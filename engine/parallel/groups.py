@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from silva.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from silva.engine.config import Parallel
+    from silva.engine.recipe.schema import Parallel
 
 # The rendezvous store lives as long as the process: its server cannot be moved, and every world takes a
 # prefix of its own, because the addresses of an earlier world would be read as those of the new one.
@@ -101,16 +101,7 @@ def _check_layout(parallel: Parallel, world: int) -> None:
             f"{parallel.context} = {model} does not divide the number of processes, {world}: start a "
             f"multiple of {model} processes or change these keys"
         )
-    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
-        raise UserError(
-            f"parallel.virtual_pipeline is {parallel.virtual_pipeline} but parallel.pipeline is 1: "
-            "interleaved stages need a pipeline of at least 2; set parallel.virtual_pipeline to null"
-        )
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        raise UserError(
-            "parallel.sequence_parallel is true but parallel.tensor is 1: it splits the row over "
-            "the tensor-parallel processes; set parallel.tensor or turn it off"
-        )
+    parallel.check()
 
 
 def device() -> torch.device:

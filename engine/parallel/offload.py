@@ -1,8 +1,8 @@
-"""The optimizer's state in host memory: main weights and both moments, 12 of a bfloat16 parameter's 18 bytes.
+"""Keeps the optimizer's state in host memory: main weights and both moments, 12 of a bfloat16 parameter's 18 bytes.
 
-They are used once a step, when no activations are held. `keep_on_host` leaves the GPU the storage of one piece of them
-at a time: a piece is copied in, updated by the same fused kernel as without it, and copied back. Numbers are those of
-the optimizer that keeps everything on the GPU, bit for bit.
+They are used once a step, when no activations are held. `keep_on_host` leaves the GPU the storage of one portion of
+them at a time: a portion is copied in, updated by the same fused kernel as without it, and copied back. Numbers are
+those of the optimizer that keeps everything on the GPU, bit for bit.
 
 Why not the CPU's own AdamW: torchrun gives every process one thread, and a step of it would take longer than the
 24 bytes a parameter that travel here.
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 1 << 26  # elements that are on the GPU at a time, unless a single weight has more; 0.75 GiB of state
+PORTION = (
+    1 << 26
+)  # elements that are on the GPU at a time, unless a single weight has more; 0.75 GiB of state
 # Elements that are allocated on the host together, 1 GiB: torch rounds page-locked allocations up to a power of two,
 # which would waste a third of the memory if every tensor were one.
 SLAB = 1 << 28
@@ -65,25 +67,25 @@ class _Host:
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """An optimizer step, piece by piece."""
+        """An optimizer step, portion by portion."""
         for group in self.adam.param_groups:
             group["step"] = group.get("step", 0) + 1
-            for piece in pieces([p for p in group["params"] if p.grad is not None]):
-                self._update(group, piece)
+            for portion in portions([p for p in group["params"] if p.grad is not None]):
+                self._update(group, portion)
 
-    def _update(self, group: dict[str, Any], piece: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], portion: list[Tensor]) -> None:
         # All copies and the kernel run on one stream, in order: memory that is freed here is only used again, and host
         # memory only written again, by what comes after them.
         moments = []
-        for p in piece:
+        for p in portion:
             if p in self.main:
                 host = self.main[p]
                 p.untyped_storage().resize_(host.nbytes)
                 p.copy_(host, non_blocking=True)
             state = self.adam.state[p]
             moments.append([torch.empty_like(p).copy_(state[name], non_blocking=True) for name in MOMENTS])
-        self.adam.update(group, piece, [m[0] for m in moments], [m[1] for m in moments])
-        for p, found in zip(piece, moments, strict=True):
+        self.adam.update(group, portion, [m[0] for m in moments], [m[1] for m in moments])
+        for p, found in zip(portion, moments, strict=True):
             for name, moment in zip(MOMENTS, found, strict=True):
                 self.adam.state[p][name].copy_(moment, non_blocking=True)
             if p in self.main:
@@ -116,16 +118,16 @@ class _Host:
             group.update({name: value for name, value in saved.items() if name != "params"})
 
 
-def pieces(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def portions(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """What of a group is on the GPU together."""
-    piece: list[Tensor] = []
+    portion: list[Tensor] = []
     for p in parameters:
-        if piece and sum(each.numel() for each in piece) + p.numel() > PIECE:
-            yield piece
-            piece = []
-        piece.append(p)
-    if piece:
-        yield piece
+        if portion and sum(each.numel() for each in portion) + p.numel() > PORTION:
+            yield portion
+            portion = []
+        portion.append(p)
+    if portion:
+        yield portion
 
 
 class _Slabs:

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from silva.engine.config import Parallel, Training
+    from silva.engine.recipe.schema import Parallel, Training
 
 
 class FusedAdam(torch.optim.Optimizer):

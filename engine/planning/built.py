@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from silva.engine.parallel import groups, optimizer
-from silva.engine.parallel.offload import pieces
+from silva.engine.parallel.offload import portions
 
 import numpy as np
 import torch
@@ -25,16 +25,16 @@ from megatron.core.pipeline_parallel.schedules import custom_backward, deallocat
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from silva.engine.config import Parallel, Training
-from silva.engine.data.chat import TokenSequence
-from silva.engine.data.group import TokenGroup
-from silva.engine.data.packing import Piece, TreeBatch, pack_row
-from silva.engine.data.row_share import RowShare, share_of
-from silva.engine.data.tree import merge
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.trees.row_share import RowShare, share_of
+from silva.engine.data.trees.tree import merge
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.planning.meter import Cost, Meter
+from silva.engine.recipe.schema import Parallel, Training
 from silva.kernels import dispatch
 from silva.kernels.tree_attention_backward import query_gradient_kernel
 from silva.kernels.tree_attention_forward import forward_kernel
@@ -54,6 +54,7 @@ class Job:
     dtype: torch.dtype
     world: int
     row_length: int  # S, a multiple of what rows are padded to
+    scored: float = 1.0  # share of the tokens that are scored
 
     @property
     def tokens(self) -> int:
@@ -97,7 +98,7 @@ def measure(job: Job, rank: int) -> Stage:
         UserError: the layout fits neither the model nor the world.
     """
     meter = Meter()
-    with _rank(job, rank), _no_launches(meter):
+    with _rank(job, rank), without_launches(meter):
         if job.parallel.context > 1:
             meter.context_group = groups.context_group().group_name
         chunks, held, host = _build(job)
@@ -137,8 +138,8 @@ def pretended_world(parallel: Parallel, rank: int, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_launches(meter: Meter) -> Iterator[None]:
-    """Kernels are taken as on a GPU, but a launch only counts what it would have moved."""
+def without_launches(meter: Meter) -> Iterator[None]:
+    """Take kernels as on a GPU while the block lasts, but let a launch only count what it would have moved."""
     if dispatch.triton is None:
         raise UserError("the plan runs the code around the Triton kernels: install triton, or plan on Linux")
     from triton.runtime.jit import KernelInterface
@@ -151,11 +152,12 @@ def _no_launches(meter: Meter) -> Iterator[None]:
 
         return launch
 
-    interface, switch = _any(KernelInterface), _any(dispatch)
-    before = interface.__getitem__, switch.INTERPRETED
-    interface.__getitem__, switch.INTERPRETED = launcher, True
-    yield
-    interface.__getitem__, switch.INTERPRETED = before
+    interface = _any(KernelInterface)
+    before = interface.__getitem__
+    interface.__getitem__ = launcher
+    with dispatch.forced(True):
+        yield
+    interface.__getitem__ = before
 
 
 def _any(target: object) -> Any:
@@ -176,7 +178,7 @@ def _build(job: Job) -> tuple[list[Any], float, float]:
     groups_of_all = [group for part in made.chained_optimizers for group in part.optimizer.param_groups]
     elements = sum(p.numel() for group in groups_of_all for p in group["params"])
     share = max(
-        (sum(p.numel() for p in piece) for group in groups_of_all for piece in pieces(group["params"])),
+        (sum(p.numel() for p in portion) for group in groups_of_all for portion in portions(group["params"])),
         default=0,
     )
     return chunks, held * share / max(elements, 1), held
@@ -203,9 +205,7 @@ def _storages(tensors: Iterable[Tensor]) -> float:
 
 def _step(job: Job, chunk: Any, meter: Meter) -> Chunk:
     """One micro-batch forward and backward, as megatron-core's schedules do it."""
-    model = chunk
-    while hasattr(model, "module"):
-        model = model.module
+    model = gpt.unwrapped(chunk)
     chunk.train()
     versions = [p.main_grad._version for p in chunk.parameters()]
     meter.restart()
@@ -258,17 +258,23 @@ def _hidden(job: Job, *, requires_grad: bool = False) -> Tensor:
 
 def _row(job: Job) -> tuple[TreeBatch, RowShare | None]:
     """The row that is stepped, and what of it this rank computes."""
-    batch, share = plain_row(job.row_length), None
+    batch, share = plain_row(job.row_length, job.scored), None
     if job.parallel.context > 1:
         part = groups.context_rank(), groups.context_size()
         share = share_of(batch, *part, window=job.shape.window).to(META)
     return batch.to(META), share
 
 
-def plain_row(size: int) -> TreeBatch:
-    """A row of `SEQUENCES` unrelated sequences, scored but for their first tokens; size: a multiple of SEQUENCES."""
+def plain_row(size: int, scored: float = 1.0) -> TreeBatch:
+    """Pack a row of `SEQUENCES` unrelated sequences.
+
+    Args:
+        size: tokens, a multiple of `SEQUENCES`.
+        scored: share of each sequence's tokens that is scored, the last ones; never its first token.
+    """
     length = size // SEQUENCES
-    sequence = TokenSequence(np.zeros(length, np.int32), np.arange(length) > 0)
+    first = max(1, length - round(scored * length))
+    sequence = TokenSequence(np.zeros(length, np.int32), np.arange(length) >= first)
     piece = Piece(
         merge(TokenGroup.of([sequence])),
         np.zeros(1, np.int64),

@@ -62,6 +62,6 @@ class Assumptions:
             f"{self.hidden:.0%} of one micro-batch",
             f"{self.context / GIB:.1f} GiB for CUDA context, NCCL and cuBLAS; {self.fragmentation:.0%} of "
             f"activations and workspace lost to fragmentation; {self.headroom:.0%} of the memory must stay free",
-            f"rows {self.row_fill:.0%} full, every token scored, micro-batches of equal cost; no time for reading "
+            f"rows {self.row_fill:.0%} full, micro-batches of equal cost; no time for reading "
             "data, validation, checkpoints, or the one pass for reference log-probs",
         ]

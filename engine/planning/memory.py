@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from silva.engine.config import Parallel
 from silva.engine.model.gpt import frees_outputs
 from silva.engine.planning.built import Chunk, Job, Stage
 from silva.engine.planning.hardware import Assumptions, Gpu
+from silva.engine.recipe.schema import Parallel
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "communication", "reserve")
 

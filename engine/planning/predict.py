@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from silva.engine.parallel.forked import isolated_each
+
 import torch
 
-from silva.engine.config import Parallel, Recipe
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
@@ -15,10 +16,10 @@ from silva.engine.objectives import OBJECTIVES
 from silva.engine.planning import built
 from silva.engine.planning.built import Job, Stage
 from silva.engine.planning.hardware import Assumptions, Gpu
-from silva.engine.planning.isolated import isolated_each
 from silva.engine.planning.memory import Budget, budget
 from silva.engine.planning.step_time import Load, StepTime, micro_batches, model_flops, replicas, step_time
 from silva.engine.planning.workload import Workload
+from silva.engine.recipe.schema import Parallel, Recipe
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Setting:
             dtype=getattr(torch, self.recipe.model.dtype),
             world=self.gpus,
             row_length=padded(row_length or self.recipe.data.row_length, parallel),
+            scored=self.workload.scored / self.workload.unique,
         )
 
     def load(self, job: Job) -> Load:
@@ -49,6 +51,7 @@ class Setting:
             rows=self.workload.rows(units, job.row_length, self.assumptions.row_fill),
             tokens=units * self.workload.unique,
             depth=min(self.workload.depth, job.row_length),
+            scored=units * self.workload.scored,
             extra_forward=OBJECTIVES[self.recipe.objective.name].needs_kl,
         )
 
@@ -75,7 +78,7 @@ def predict(setting: Setting, job: Job, stages: Sequence[Stage]) -> Prediction:
     count = micro_batches(job, load.rows)
     budgets = [budget(stage, place, job, count, assumptions) for place, stage in enumerate(stages)]
     time = step_time(job, stages, load, gpu, assumptions)
-    needed = model_flops(job.shape, job.head, load.tokens, load.depth)
+    needed = model_flops(job, load)
     return Prediction(
         job=job,
         stages=stages,

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from silva.engine.config import Recipe
 from silva.engine.planning.built import Job, Stage
 from silva.engine.planning.hardware import GIB
 from silva.engine.planning.memory import PARTS
 from silva.engine.planning.predict import Prediction, Setting, advice, as_overrides
 from silva.engine.planning.step_time import replicas
+from silva.engine.recipe.schema import Recipe
 
 WARNING = "A prediction, not a measurement: nothing here has run on a GPU. What it assumes stands below."
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from silva.engine.parallel import offload
+from silva.engine.parallel.forked import isolated_each
 
-from silva.engine.config import Parallel
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
 from silva.engine.planning import built
 from silva.engine.planning.built import Chunk, Job, Stage
-from silva.engine.planning.isolated import isolated_each
 from silva.engine.planning.meter import Cost
 from silva.engine.planning.predict import Prediction, Setting, build_stages, predict
 from silva.engine.planning.step_time import copies
+from silva.engine.recipe.schema import Parallel
 
 Recompute = Literal["none", "selective", "full"]
 MOST_CHUNKS = 8  # of an interleaved stage
@@ -209,7 +209,7 @@ def _compose(probe: Probe, job: Job, place: int) -> Stage:
     on_gpu, host = owned, 0.0
     if layout.offload_optimizer:
         largest = shape.hidden * max(shape.vocab, 2 * shape.ffn) / layout.tensor
-        on_gpu, host = min(owned, max(offload.PIECE, largest)), owned
+        on_gpu, host = min(owned, max(offload.PORTION, largest)), owned
     return Stage(
         parameters=elements * job.dtype.itemsize,
         gradients=elements * 4,

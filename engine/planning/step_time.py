@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model import flops
 from silva.engine.planning.built import Job, Stage
 from silva.engine.planning.hardware import Assumptions, Gpu
 from silva.engine.planning.memory import exchanged_bytes
@@ -65,7 +65,8 @@ class Load:
 
     rows: int
     tokens: float
-    depth: float  # keys a token sees on average
+    depth: float  # keys a token sees on average, without a window
+    scored: float  # scored positions, of all rows
     extra_forward: bool = False  # KTO's forward-only pass over as many rows
 
 
@@ -129,8 +130,8 @@ def _micro_batch(
 ) -> tuple[list[float], list[float]]:
     """Seconds of (products, attention, elementwise, tensor-, context-parallel), forward and backward."""
     shape, tensor = job.shape, job.parallel.tensor
-    keys = min(load.depth, shape.window) if shape.window else load.depth
-    area = 4 * shape.heads * shape.head_dim * job.row_length * keys / (tensor * job.parallel.context)
+    pairs = job.row_length * seen_keys(job, load)
+    area = 4 * shape.heads * shape.head_dim * pairs / (tensor * job.parallel.context)
     link, context_link = (
         gpu.nvlink if size <= gpu.per_node else gpu.network
         for size in (tensor, tensor * job.parallel.context)
@@ -185,10 +186,12 @@ def _optimizer(job: Job, stage: Stage, gpu: Gpu, assumptions: Assumptions) -> fl
     return seconds
 
 
-def model_flops(shape: ModelShape, head: str, tokens: float, depth: float) -> float:
-    """Operations that a step needs whatever the layout: no recomputation, no padding; backward counts twice."""
-    attention = 2 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
-    weights = shape.layers * shape.hidden * (attention + 3 * shape.ffn)
-    weights += shape.hidden * shape.vocab if head == "lm" else 0
-    keys = min(depth, shape.window) if shape.window else depth
-    return 3 * tokens * (2 * weights + 4 * shape.layers * shape.heads * shape.head_dim * keys)
+def model_flops(job: Job, load: Load) -> float:
+    """Count the operations that a step needs whatever the layout (`flops.needed`)."""
+    pairs = load.tokens * seen_keys(job, load)
+    return flops.needed(job.shape, job.head).of(tokens=load.tokens, pairs=pairs, scored=load.scored)
+
+
+def seen_keys(job: Job, load: Load) -> float:
+    """Return the keys a token sees on average, within the attention's window."""
+    return min(load.depth, job.shape.window) if job.shape.window else load.depth

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from silva.engine.config import Recipe
 from silva.engine.data import store
+from silva.engine.data.trees.tree import merge
 from silva.engine.errors import UserError
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.recipe.schema import Recipe
 
 SEQUENCE_LENGTH = 1024  # assumed where no data is given, if the recipe allows sequences as long
 
@@ -20,6 +22,7 @@ class Workload:
     unrolled: float  # tokens of a unit's sequences, each alone
     unique: float  # tokens of a unit's share of its tree
     depth: float  # keys that a token sees on average, itself included
+    scored: float  # scored positions of a unit's share of its tree
     source: str
 
     @property
@@ -44,7 +47,8 @@ def assumed(recipe: Recipe, *, length: int | None, ratio: float | None) -> Workl
         unrolled,
         unrolled * ratio,
         length * (1 - ratio / 2),
-        f"assumed: sequences of {length} tokens, {ratio:g} of them unique",
+        unrolled * ratio,
+        f"assumed: sequences of {length} tokens, {ratio:g} of them unique, every token scored",
     )
 
 
@@ -54,7 +58,7 @@ def of_data(recipe: Recipe, folder: Path) -> Workload:
     Raises:
         UserError: no tokenized data is there, or nothing of the recipe's unit is in it.
     """
-    unrolled = unique = depth = units = 0
+    unrolled = unique = depth = scored = units = 0
     for path in sorted(folder.rglob("*.arrow")):
         shard = store.Shard.open(path)
         units += int((shard.sequences if _sequences(recipe) == 1 else shard.comparisons).sum())
@@ -63,15 +67,17 @@ def of_data(recipe: Recipe, folder: Path) -> Workload:
             group = shard[k]
             length, shared = group.length.astype(int), group.shared.astype(int)
             unrolled += int(length.sum())
+            scored += len(merge(group).target)
             # a sequence adds its tokens at the depths shared + 1 .. length
             depth += int((length * (length + 1) - shared * (shared + 1)).sum()) // 2
     if not units:
         raise UserError(
             f"--data: {folder} holds no tokenized trees for {recipe.objective.name}; give a run's data cache"
         )
-    return Workload(unrolled / units, unique / units, depth / unique, f"{folder}: {units:,} units")
+    source = f"{folder}: {units:,} units"
+    return Workload(unrolled / units, unique / units, depth / unique, scored / units, source)
 
 
 def _sequences(recipe: Recipe) -> int:
     """Sequences in a unit."""
-    return 1 if recipe.objective.name == "sft" else 2
+    return 2 if OBJECTIVES[recipe.objective.name].pairwise else 1

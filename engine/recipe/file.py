@@ -17,7 +17,7 @@ import yaml
 from silva.engine.errors import UserError
 
 # The recipes lie beside the engine both in a checkout (engine/, recipes/) and installed (silva/engine/, ...).
-PACKAGED = Path(__file__).resolve().parents[1] / "recipes"
+PACKAGED = Path(__file__).resolve().parents[2] / "recipes"
 COMMAND_LINE = "command line"
 
 Key = tuple[str | int, ...]

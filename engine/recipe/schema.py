@@ -1,44 +1,17 @@
-"""Recipes: one YAML file says everything about a run, typed and checked before anything is loaded.
-
-    recipe = load("mini-sft", ["training.max_steps=20"])
-
-A recipe may name a `base` (a file relative to it, or a packaged recipe's bare name) and then states only what
-differs: sections are merged key by key, lists are replaced whole. On the command line `key.path=value` sets
-one key, with the value read as YAML and list entries named by index (`data.train.0.limit=100`).
-
-What a user can get wrong ends in one `UserError` line: the file, the key, what was found, what is allowed.
-"""
+"""Defines what a recipe may say: every section and key, with its type, bounds and default."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from silva.engine.errors import UserError
-from silva.engine.recipe_file import Key, packaged, read, show, to_yaml
-
-__all__ = ["OBJECTIVE_KEYS", "Recipe", "Source", "load", "packaged"]
-
-# The keys of `objective` that each objective reads. Any other key set to something else than its default is
-# refused: a beta in an sft recipe is a mistake, not a preference.
-OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
-    "sft": (),
-    "dpo": ("beta",),
-    "ipo": ("beta", "ipo_average"),
-    "cdpo": ("beta", "label_smoothing"),
-    "hinge": ("beta",),
-    "nca": ("beta",),
-    "kto": ("beta", "lambda_desirable", "lambda_undesirable"),
-    "simpo": ("beta", "gamma"),
-    "orpo": ("beta",),
-    "bt": (),
-    "bt_margin": ("margin",),
-    "bt_dr": (),
-}
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.recipe.file import to_yaml
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # at least one
@@ -51,15 +24,23 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """Strict: a string is no number, a bool no integer, an unknown key an error. Frozen once checked."""
+    """Refuses a string for a number, a bool for an integer, and unknown keys; frozen once checked."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _known_objective(name: str) -> str:
+    """Refuse a name that is not in the table of objectives."""
+    if name not in OBJECTIVES:
+        *most, last = map(repr, OBJECTIVES)
+        raise PydanticCustomError("objective", "{names}", {"names": f"{', '.join(most)} or {last}"})
+    return name
+
+
 class Objective(Section):
-    name: Literal[
-        "sft", "dpo", "ipo", "cdpo", "hinge", "nca", "kto", "simpo", "orpo", "bt", "bt_margin", "bt_dr"
-    ]
+    """What is minimised. The loss that `name` says reads some of the keys; the others keep their defaults."""
+
+    name: Annotated[str, AfterValidator(_known_objective)]
     beta: Positive = 0.1  # orpo: its paper's lambda; simpo: its paper uses 2 to 10
     lambda_desirable: NonNegative = 1.0
     lambda_undesirable: NonNegative = 1.0
@@ -176,6 +157,37 @@ class Parallel(Section):
     overlap: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
 
+    @property
+    def chunks(self) -> int:
+        """Count the chunks that the model is cut into: its pipeline stages, or the parts of interleaved ones."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, problem) for keys that do not go together, whatever the model and the number of processes."""
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            yield (
+                "virtual_pipeline",
+                f"found {self.virtual_pipeline} with pipeline 1; allowed: only with pipeline > 1",
+            )
+        if self.stage_layers is not None and len(self.stage_layers) != self.chunks:
+            yield (
+                "stage_layers",
+                f"found {len(self.stage_layers)} numbers; allowed: one for each of pipeline x virtual_pipeline = "
+                f"{self.chunks} chunks of the model",
+            )
+        if self.offload_optimizer and not self.distributed_optimizer:
+            yield (
+                "offload_optimizer",
+                "found true with distributed_optimizer false; allowed: only with distributed_optimizer true",
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            yield "sequence_parallel", "found true with tensor 1; allowed: only with tensor > 1"
+
+    def check(self) -> None:
+        """Raise UserError for the first of `problems`: a layout may be made without a recipe file."""
+        for key, problem in self.problems():
+            raise UserError(f"parallel.{key}: {problem}")
+
 
 class Reference(Section):
     path: Name | None = None  # None: model.path
@@ -190,7 +202,7 @@ class Export(Section):
 
 
 class Recipe(Section):
-    """A whole recipe. The properties give the paths and types whose default is another key."""
+    """Holds a whole recipe. The properties give the paths and types whose default is another key."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: Name
@@ -242,8 +254,8 @@ class Recipe(Section):
     def describe(self) -> str:
         """A few lines for the start of a run."""
         objective, model, training, layout = self.objective, self.model, self.training, self.parallel
-        keys = ", ".join(f"{key} {getattr(objective, key)}" for key in OBJECTIVE_KEYS[objective.name])
-        unit = "sequences" if objective.name == "sft" else "comparisons"
+        keys = ", ".join(f"{key} {getattr(objective, key)}" for key in OBJECTIVES[objective.name].keys)
+        unit = "comparisons" if OBJECTIVES[objective.name].pairwise else "sequences"
         epochs = f"{training.epochs} epoch{'s' if training.epochs > 1 else ''}"
         steps = f", at most {training.max_steps} steps" if training.max_steps else ""
         sources = ", ".join(
@@ -261,155 +273,3 @@ class Recipe(Section):
                 f"output     {self.output}",
             )
         )
-
-
-def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe in a file, or the packaged one of that bare name, with `key.path=value` overrides.
-
-    Inputs (model, tokenizer, template, reference, data) that start with "./" or "../" in a file are relative
-    to that file; everything else, outputs and overrides included, is as given. Raises UserError for anything
-    that is wrong.
-    """
-    raw, origins, file = read(path_or_name, overrides)
-
-    def refuse(key: Key, problem: str) -> NoReturn:
-        around = [origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins]
-        inside = [origin for other, origin in origins.items() if other[: len(key)] == key]
-        origin = [*around, *inside, str(file)][0]
-        name = ".".join(map(str, key))
-        raise UserError(f"{origin}: {name}: {problem}")
-
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        refuse(*_explain(error))
-    for key, problem in _impossible(recipe):
-        refuse(key, problem)
-    return recipe
-
-
-# ---------------------------------------------------------------- checks that need more than one key
-
-
-def _impossible(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """What the types cannot say, as (key, problem)."""
-    yield from _objective_problems(recipe.objective, recipe.data)
-    yield from _layout_problems(recipe.parallel, recipe.data)
-    data, training = recipe.data, recipe.training
-    for part, sources in (("train", data.train), ("validation", data.validation)):
-        for index, source in enumerate(sources):
-            if source.count is not None and source.weight != 1:
-                yield (
-                    ("data", part, index, "weight"),
-                    f"found {source.weight} beside count; set one of the two",
-                )
-    if data.validation and data.validation_fraction:
-        yield (
-            ("data", "validation_fraction"),
-            f"found {data.validation_fraction} beside data.validation; set one of the two",
-        )
-    if training.validate_every and not (data.validation or data.validation_fraction):
-        yield (
-            ("training", "validate_every"),
-            f"found {training.validate_every} without validation data; set data.validation or "
-            "data.validation_fraction, or leave it 0",
-        )
-    if data.max_length is not None and data.max_length > data.row_length:
-        yield (
-            ("data", "max_length"),
-            f"found {data.max_length}; allowed: at most data.row_length, {data.row_length}",
-        )
-    if training.min_learning_rate > training.learning_rate:
-        yield (
-            ("training", "min_learning_rate"),
-            f"found {training.min_learning_rate}; allowed: at most learning_rate, {training.learning_rate}",
-        )
-
-
-def _objective_problems(objective: Objective, data: Data) -> Iterator[tuple[Key, str]]:
-    used = OBJECTIVE_KEYS[objective.name]
-    for key, field in Objective.model_fields.items():
-        value = getattr(objective, key)
-        if key not in ("name", *used) and value != field.default:
-            uses = ", ".join(used) or "no key"
-            yield (
-                ("objective", key),
-                f"found {show(value)}, but {objective.name} does not use it; it uses: {uses}",
-            )
-    for part, sources in (("train", data.train), ("validation", data.validation)):
-        for index, source in enumerate(sources):
-            if source.format == "unpaired" and objective.name != "kto":
-                yield (
-                    ("data", part, index, "format"),
-                    f"found 'unpaired', judged single rows; {objective.name} needs pairs (only kto does not)",
-                )
-    if objective.name == "bt_dr" and not any(source.absolute for source in data.train):
-        yield (
-            ("objective", "name"),
-            "found 'bt_dr' without a source marked `absolute: true`; mark those that get the "
-            "absolute-reward term, or use bt",
-        )
-
-
-def _layout_problems(parallel: Parallel, data: Data) -> Iterator[tuple[Key, str]]:
-    """What the recipe alone tells; what depends on the model's shape is checked where the model is built."""
-    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
-        yield (
-            ("parallel", "virtual_pipeline"),
-            f"found {parallel.virtual_pipeline} with pipeline 1; allowed: only with pipeline > 1",
-        )
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if parallel.stage_layers is not None and len(parallel.stage_layers) != stages:
-        yield (
-            ("parallel", "stage_layers"),
-            f"found {len(parallel.stage_layers)} numbers; allowed: one for each of pipeline x virtual_pipeline = "
-            f"{stages} chunks of the model",
-        )
-    if parallel.offload_optimizer and not parallel.distributed_optimizer:
-        yield (
-            ("parallel", "offload_optimizer"),
-            "found true with distributed_optimizer false; allowed: only with distributed_optimizer true",
-        )
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        yield ("parallel", "sequence_parallel"), "found true with tensor 1; allowed: only with tensor > 1"
-
-
-# ---------------------------------------------------------------- wording of errors
-
-
-def _explain(error: ValidationError) -> tuple[Key, str]:
-    """The key and the problem of the first of pydantic's errors, in our words."""
-    # A misspelt key often leaves a required one missing: name the misspelling.
-    problems = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
-    first = problems[0]
-    key: Key = first["loc"]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        allowed = list(_section(key[:-1]).model_fields)
-        return key, f"unknown key{_nearest(str(key[-1]), allowed)}; allowed here: {', '.join(allowed)}{more}"
-    if first["type"] == "missing":
-        return key, f"missing, and it has no default{more}"
-    wording = {"model_type": "a section of `key: value` lines", "too_short": "at least one entry"}
-    allowed_values = wording.get(first["type"]) or first["msg"].replace("Input should be ", "")
-    return key, f"found {show(first['input'])}; allowed: {allowed_values}{more}"
-
-
-def _section(key: Key) -> type[Section]:
-    """The section a key path leads to."""
-    section: type[Section] = Recipe
-    for name in key:
-        if isinstance(name, str):
-            annotation = section.model_fields[name].annotation
-            section = next(kind for kind in (*get_args(annotation), annotation) if isinstance(kind, type))
-    return section
-
-
-def _nearest(name: str, allowed: Sequence[str]) -> str:
-    """'; did you mean ...?', from the keys here or, for a key at the wrong place, from any section."""
-    near = difflib.get_close_matches(name, allowed, n=1)
-    if not near:
-        for outer, field in Recipe.model_fields.items():
-            kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, Section) and name in kind.model_fields:
-                near = [f"{outer}.{name}"]
-    return f"; did you mean {near[0]}?" if near else ""

@@ -6,8 +6,8 @@ from silva.engine.parallel.optimizer import adam_in_use
 
 import torch
 
-from silva.engine.config import Recipe
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Recipe
 from silva.kernels import dispatch, document_attention
 
 

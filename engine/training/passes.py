@@ -17,10 +17,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from silva.engine.data.packing import TreeBatch, to_device
-from silva.engine.data.row_share import share_of
-from silva.engine.metrics import SUMS
+from silva.engine.data.trees.packing import TreeBatch, to_device
+from silva.engine.data.trees.row_share import share_of
 from silva.engine.model import gpt
+from silva.engine.training.metrics import SUMS
 from silva.kernels.dispatch import runs_kernels
 from silva.kernels.document_attention import documents
 from silva.kernels.reference import sequence_sums

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face checkpoint: weights, config, tokenizer; from a run or from its checkpoint."""
+"""Writes a trained model, or a run's checkpoint, as a Hugging Face checkpoint: weights, config, tokenizer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from silva.engine.parallel import groups
 
 import torch
 
-from silva.engine import checkpoint
-from silva.engine.config import Recipe
-from silva.engine.data.chat import ChatTokenizer
+from silva.engine.checkpoint import index, state
+from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.errors import UserError
 from silva.engine.model import gpt, hf, hf_export
 from silva.engine.objectives import OBJECTIVES
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training.inputs import load_tokenizer
 
 
 def export_checkpoint(recipe: Recipe) -> Path:
@@ -25,7 +26,7 @@ def export_checkpoint(recipe: Recipe) -> Path:
         UserError: the run has no checkpoint, or recipe and checkpoint do not belong together.
     """
     with groups.joined(recipe.parallel, seed=recipe.seed):
-        saved = checkpoint.checkpoints(Path(recipe.output) / "checkpoints")
+        saved = index.checkpoints(Path(recipe.output) / "checkpoints")
         if not saved:
             raise UserError(
                 f"{recipe.output}: no checkpoint to export; has the run started, is `output` the same?"
@@ -36,18 +37,8 @@ def export_checkpoint(recipe: Recipe) -> Path:
         chunks = gpt.build(
             hf.read_shape(folder), recipe.parallel, head=head, dtype=getattr(torch, recipe.model.dtype)
         )
-        checkpoint.load(saved[-1], chunks, None, recipe.identity)
+        state.load(saved[-1], chunks, None, recipe.identity)
         return export_model(chunks, recipe, folder, load_tokenizer(recipe, folder))
-
-
-def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
-    """The recipe's tokenizer, by default the model's own."""
-    return ChatTokenizer.load(
-        recipe.tokenizer.path or str(model_folder),
-        chat_template=recipe.tokenizer.chat_template,
-        add_bos=recipe.tokenizer.add_bos,
-        append_eos=recipe.tokenizer.append_eos,
-    )
 
 
 def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer: ChatTokenizer) -> Path:
@@ -64,7 +55,7 @@ def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer:
             hf_export.set_padding(folder, tokenizer.pad_id)
 
     folders = hf_export.export(
-        [checkpoint.unwrapped(chunk) for chunk in chunks],
+        [gpt.unwrapped(chunk) for chunk in chunks],
         hf.read_shape(source),
         source=source,
         folder=recipe.export_path,

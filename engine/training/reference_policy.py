@@ -1,4 +1,4 @@
-"""The reference policy's log-probs: one forward-only pass before training, kept on disk.
+"""Computes the reference policy's log-probs: one forward-only pass before training, kept on disk.
 
 The cache file's name is a digest of everything the numbers depend on: the bytes of the weights, every token and
 every scored flag, and the number type. A stale cache cannot be found under the new name.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from silva.engine.parallel import groups
 
 import numpy as np
 import torch
@@ -18,12 +21,101 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
+
+from silva.engine.data.dataset import DataSet
+from silva.engine.data.loader import BatchLoader
+from silva.engine.data.trees.packing import pack_rows
+from silva.engine.errors import UserError
+from silva.engine.model import gpt, hf
+from silva.engine.progress import ProgressBar, say
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training.inputs import Inputs, batches_of
+from silva.engine.training.passes import sequence_values
 
 FORMAT = "1"  # raised whenever the meaning of the cached numbers changes
 
+LogProbs = NDArray[np.float32]
+
+
+def log_probs(
+    recipe: Recipe, inputs: Inputs, chunks: Sequence[torch.nn.Module]
+) -> tuple[LogProbs, LogProbs | None]:
+    """Return the log-probs of training and validation data under the reference policy. Collective.
+
+    Args:
+        chunks: of `gpt.build`, not wrapped; their weights are replaced where anything has to be computed.
+
+    Returns:
+        (sequences of the data set and, for KTO, two for each comparison,) of the training data and of the validation
+        data, if there is any.
+
+    Raises:
+        UserError: the reference policy is of another shape than the model.
+    """
+    folder = hf.fetch(recipe.reference_path)
+    if hf.read_shape(folder) != inputs.shape:
+        raise UserError(
+            f"{recipe.reference_path}: the reference policy has another shape than {recipe.model.path}; "
+            "take a checkpoint of the same model"
+        )
+    weights = [weights_digest(folder) if groups.rank() == 0 else ""]
+    dist.broadcast_object_list(weights)
+    loaded = False
+
+    def of(data: DataSet, title: str) -> LogProbs:
+        once = data.with_copies(np.ones(len(data), np.int64))  # however often an epoch takes it
+        batches = batches_of(once, recipe, inputs.shape, training=False)
+        count = once.sequences + (2 * once.comparisons if batches.mismatched else 0)
+
+        def compute() -> LogProbs:
+            nonlocal loaded
+            if not loaded:
+                hf.load(chunks, folder, inputs.shape)
+                loaded = True
+            multiple = gpt.row_multiple(recipe.parallel)
+            return _computed(chunks, batches, count, title, multiple, inputs.tokenizer.pad_id)
+
+        dtype = getattr(torch, recipe.model.dtype)
+        key = cache_key(weights[0], once.fingerprint, dtype, batches.mismatched)
+        values, hit = cached(recipe.reference_cache, key, count, compute)
+        say(f"reference  {count:,} log-probs {'from the cache' if hit else 'computed'}")
+        return values
+
+    training = of(inputs.data, "reference log-probs")
+    held = None if inputs.validation is None else of(inputs.validation, "reference, held out")
+    return training, held
+
+
+def _computed(
+    chunks: Sequence[Any], batches: BatchLoader, count: int, title: str, multiple: int, pad_id: int
+) -> LogProbs:
+    """Compute (count,) log-probs of every sequence, by forward passes alone; the same on every rank."""
+    found = torch.zeros(count, dtype=torch.float64, device=groups.device())
+    with ProgressBar(title, len(batches), visible=groups.rank() == 0) as bar:
+        for _, batch in batches.prefetch(0, len(batches)):
+            mine = [*batch.rows, *batch.mismatched]
+            values = sequence_values(chunks, pack_rows(mine, multiple=multiple, pad_id=pad_id))
+            for pieces, part in zip(mine, values, strict=False):  # no values before the last stage
+                ids = [torch.from_numpy(piece.sequence_ids) for piece in pieces]
+                if ids:
+                    # a tree cut by the end of a batch has sequences in both: assigned, not added
+                    found[torch.cat(ids).to(found.device)] = part.double()
+            bar.advance()
+    return _merge_ranks(found)
+
+
+def _merge_ranks(found: Tensor) -> LogProbs:
+    """Combine what the data-parallel ranks computed: log-probs are negative, and 0 where nothing was."""
+    if groups.is_last_stage():
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=groups.data_group())
+    if groups.pipeline_size() > 1:
+        dist.broadcast(found, src=groups.last_stage_rank(), group=groups.pipeline_group())
+    return found.float().cpu().numpy()
+
 
 def weights_digest(folder: Path) -> str:
-    """Digest of a checkpoint's config and every byte of its safetensors files (hashed in parallel)."""
+    """Compute the digest of a checkpoint's config and every byte of its safetensors files (hashed in parallel)."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
 
     def digest(path: Path) -> bytes:
@@ -39,7 +131,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def cache_key(weights: str, data: str, dtype: torch.dtype, mismatched: bool) -> str:
-    """The name under which log-probs are kept.
+    """Compute the name under which log-probs are kept.
 
     Args:
         weights: `weights_digest` of the reference checkpoint.
@@ -51,13 +143,11 @@ def cache_key(weights: str, data: str, dtype: torch.dtype, mismatched: bool) -> 
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def cached(
-    folder: Path, key: str, count: int, compute: Callable[[], NDArray[np.float32]]
-) -> tuple[NDArray[np.float32], bool]:
-    """The (count,) log-probs under `key`, read or computed. Collective: every rank gets the same array.
+def cached(folder: Path, key: str, count: int, compute: Callable[[], LogProbs]) -> tuple[LogProbs, bool]:
+    """Read or compute the (count,) log-probs under `key`. Collective: every rank gets the same array.
 
     Returns:
-        the log-probs, and whether they came from the cache. An unreadable file, or one of another length, is
+        The log-probs, and whether they came from the cache. An unreadable file, or one of another length, is
         computed again and replaced.
     """
     path = folder / f"{key}.safetensors"
@@ -76,7 +166,7 @@ def cached(
     return values, False
 
 
-def _read(path: Path, count: int) -> NDArray[np.float32] | None:
+def _read(path: Path, count: int) -> LogProbs | None:
     if not path.is_file():
         return None
     try:

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from silva.engine.cli import run
-from silva.engine.config import load
 from silva.engine.errors import UserError
-from silva.engine.trainer import Summary, train
+from silva.engine.recipe.loading import load
+from silva.engine.training.trainer import Summary, train
 from silva.recipes.mini.make_model import make
 
 DATA = Path(__file__).resolve().parent

@@ -11,15 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import common, ultrainteract
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def shapes(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import shapes
-
-    return shapes
 
 
 def run(name: str, *arguments: str) -> str:
@@ -53,10 +47,10 @@ def test_tree_step():
     )
 
 
-def test_tree_step_on_a_file_with_a_malformed_row(tmp_path, shapes):
-    tokenizer = shapes.save_tokenizer(tmp_path / "tokenizer", 512)
-    drawn = shapes.ultrainteract(3, vocabulary=512, scale=0.05)
-    rows = [json.dumps(row) for row in shapes.rows(drawn)]
+def test_tree_step_on_a_file_with_a_malformed_row(tmp_path):
+    tokenizer = ultrainteract.save_tokenizer(tmp_path / "tokenizer", 512)
+    drawn = ultrainteract.trees(3, vocabulary=512, scale=0.05)
+    rows = [json.dumps(row) for row in ultrainteract.rows(drawn)]
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"id": 3}']) + "\n")
     path = str(tmp_path / "rows.jsonl")
     output = run("tree_step", "--smoke", path, "--tokenizer", str(tokenizer), "--objective", "bt_dr")
@@ -100,9 +94,9 @@ def test_a_mistake_is_one_line():
 # ---------------------------------------------------------------- shapes
 
 
-def test_lengths_give_the_published_tokens_per_trajectory(shapes):
+def test_lengths_give_the_published_tokens_per_trajectory():
     published = [439.1, 538.1, 1070.4, 1750.0, 1521.9, 1728.5, 1299.8, 1266.7]
-    for line, tokens in zip(shapes.table(), published, strict=True):
+    for line, tokens in zip(ultrainteract.table(), published, strict=True):
         turns = np.arange(1, len(line.turns) + 1)
         of_each = line.instruction + turns * line.action + (turns - 1) * line.observation
         assert np.average(of_each, weights=line.turns) == pytest.approx(tokens)
@@ -110,13 +104,13 @@ def test_lengths_give_the_published_tokens_per_trajectory(shapes):
         assert line.observation >= 0
 
 
-def test_trees_come_in_published_numbers(shapes):
+def test_trees_come_in_published_numbers():
     """The published total of pairs is expected; 2,000 trees hold their share of it and of every depth."""
-    kinds = shapes._kinds("all")
+    kinds = ultrainteract._kinds("all")
     pairs = [form if isinstance(form, int) else sum(form) for _, _, form in kinds]
     weights = np.array([weight for weight, *_ in kinds])
     assert weights @ pairs == pytest.approx(219_819)
-    trees = shapes.ultrainteract(2000, scale=0.02)
+    trees = ultrainteract.trees(2000, scale=0.02)
     assert sum(len(tree.pairs) for tree in trees) == pytest.approx(
         2000 * (weights @ pairs) / weights.sum(), rel=0.02
     )
@@ -124,24 +118,30 @@ def test_trees_come_in_published_numbers(shapes):
     assert np.mean([tree.depth == 5 for tree in trees]) == pytest.approx(deep, rel=0.02)
 
 
-def test_drawing_is_deterministic(shapes):
-    assert shapes.ultrainteract_rm(20, seed=3, scale=0.1) == shapes.ultrainteract_rm(20, seed=3, scale=0.1)
-    assert shapes.ultrainteract_rm(20, seed=3, scale=0.1) != shapes.ultrainteract_rm(20, seed=4, scale=0.1)
+def test_drawing_is_deterministic():
+    assert ultrainteract.reward_trees(20, seed=3, scale=0.1) == ultrainteract.reward_trees(
+        20, seed=3, scale=0.1
+    )
+    assert ultrainteract.reward_trees(20, seed=3, scale=0.1) != ultrainteract.reward_trees(
+        20, seed=4, scale=0.1
+    )
 
 
-@pytest.mark.parametrize("make", ["ultrainteract", "short_prompts"])
-def test_rows_and_groups_are_the_same_tokens(shapes, tmp_path, make):
+@pytest.mark.parametrize("make", ["trees", "short_prompts"])
+def test_rows_and_groups_are_the_same_tokens(tmp_path, make):
     """What the engine reads and tokenizes from the rows is what `group` makes."""
-    from benchmarks import common
-    from silva.engine.config import Data, Source
-    from silva.engine.data.chat import ChatTokenizer
     from silva.engine.data.dataset import DataSet
+    from silva.engine.data.text.chat import ChatTokenizer
+    from silva.engine.recipe.schema import Data, Source
 
-    trees = getattr(shapes, make)(9, vocabulary=512, scale=0.05)
-    path = common.write_rows(tmp_path / "rows.jsonl", shapes.rows(trees))
+    trees = getattr(ultrainteract, make)(9, vocabulary=512, scale=0.05)
+    path = common.write_rows(tmp_path / "rows.jsonl", ultrainteract.rows(trees))
     tokenizer = ChatTokenizer.load(
-        str(shapes.save_tokenizer(tmp_path / "t", 512)), chat_template=None, add_bos=None, append_eos=False
+        str(ultrainteract.save_tokenizer(tmp_path / "t", 512)),
+        chat_template=None,
+        add_bos=None,
+        append_eos=False,
     )
     source = Source(path=str(path), format="ultrainteract_pair", absolute=True)
     read = common.read([source], tokenizer, Data(train=[source]), unit="comparison", cache=tmp_path / "cache")
-    assert np.array_equal(read.digests, DataSet.of(map(shapes.group, trees)).digests)
+    assert np.array_equal(read.digests, DataSet.of(map(ultrainteract.group, trees)).digests)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from silva.engine.optimizer_state import boxes, boxes_of
+from silva.engine.checkpoint.optimizer_state import boxes, boxes_of
 
 
 @st.composite

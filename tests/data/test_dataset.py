@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from silva.engine.config import Source
 from silva.engine.data import dataset
-from silva.engine.data.chat import TokenSequence
 from silva.engine.data.dataset import DataSet, hold_out
-from silva.engine.data.group import TokenGroup, instruction_digest
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import TokenGroup, instruction_digest
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Source
 
 
 def group(number: int, comparisons: int, random: np.random.Generator) -> TokenGroup:

@@ -6,15 +6,16 @@ import time
 
 import numpy as np
 import pytest
-import shapes
 
-from silva.engine.data.balance import row_cost_model
-from silva.engine.data.chat import TokenSequence
+from benchmarks import ultrainteract
 from silva.engine.data.dataset import DataSet
-from silva.engine.data.group import ABSENT, TokenGroup
-from silva.engine.data.loader import AHEAD, BatchPlan, GlobalBatch
-from silva.engine.data.packing import Piece, pack_row
+from silva.engine.data.loader import AHEAD, BatchLoader, GlobalBatch
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.packing import Piece, pack_row
 from silva.engine.errors import UserError
+from silva.engine.model import flops
+from silva.engine.planning.named_models import NAMED
 
 PROMPT = 10
 
@@ -50,14 +51,14 @@ def named(piece: Piece) -> list[tuple[int, int, bool]]:
 
 
 def of_all_ranks(data: DataSet, step: int, ranks: int, **settings) -> list[GlobalBatch]:
-    return [BatchPlan(data, rank=rank, ranks=ranks, **settings)[step] for rank in range(ranks)]
+    return [BatchLoader(data, rank=rank, ranks=ranks, **settings)[step] for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("row_length", [70, 128, 1000])
 def test_an_epoch_holds_every_comparison_once_in_batches_of_the_asked_size(data, row_length, ranks):
     settings = {"unit": "comparison", "global_batch": 7, "row_length": row_length, "shuffle": True}
-    plan = BatchPlan(data, epochs=2, **settings)
+    plan = BatchLoader(data, epochs=2, **settings)
     expected = []
     for k in range(len(data)):
         found = data.group(k)
@@ -79,7 +80,7 @@ def test_an_epoch_holds_every_comparison_once_in_batches_of_the_asked_size(data,
 
 
 def test_every_sequence_of_a_row_is_the_data_sets(data):
-    plan = BatchPlan(data, unit="comparison", global_batch=9, row_length=80, shuffle=True)
+    plan = BatchLoader(data, unit="comparison", global_batch=9, row_length=80, shuffle=True)
     owner = np.repeat(np.arange(len(data)), data.units("sequence"))
     for piece in pieces([plan[step] for step in range(5)]):
         for identity, last in zip(piece.sequence_ids, piece.tree.last, strict=True):
@@ -90,7 +91,7 @@ def test_every_sequence_of_a_row_is_the_data_sets(data):
 
 
 def test_sequences_are_units_too(data):
-    plan = BatchPlan(data, unit="sequence", global_batch=16, row_length=90, shuffle=True)
+    plan = BatchLoader(data, unit="sequence", global_batch=16, row_length=90, shuffle=True)
     seen = [int(k) for step in range(len(plan)) for p in pieces([plan[step]]) for k in p.sequence_ids]
     assert sorted(seen) == list(range(data.sequences))
     assert [plan[step].sequences for step in range(len(plan) - 1)] == [16] * (len(plan) - 1)
@@ -99,7 +100,7 @@ def test_sequences_are_units_too(data):
 @pytest.mark.parametrize("unit", ["comparison", "sequence"])
 def test_counts_do_not_depend_on_ranks_or_rows(data, unit):
     def counts(ranks: int, row_length: int) -> list[tuple]:
-        plan = BatchPlan(
+        plan = BatchLoader(
             data,
             unit=unit,
             global_batch=23,
@@ -130,7 +131,7 @@ def test_rows_of_the_batch_are_as_it_says(data):
 
 def test_a_batch_is_a_function_of_its_step(data):
     first, second = (
-        BatchPlan(data, unit="comparison", global_batch=5, row_length=200, shuffle=True, seed=3)
+        BatchLoader(data, unit="comparison", global_batch=5, row_length=200, shuffle=True, seed=3)
         for _ in range(2)
     )
     for step in (6, 0, 3):
@@ -143,7 +144,7 @@ def test_a_batch_is_a_function_of_its_step(data):
 def test_trees_taken_several_times_count_several_times(data):
     copies = np.arange(len(data)) % 3
     mixed = data.with_copies(copies)
-    plan = BatchPlan(mixed, unit="comparison", global_batch=8, row_length=100, shuffle=True, epochs=2)
+    plan = BatchLoader(mixed, unit="comparison", global_batch=8, row_length=100, shuffle=True, epochs=2)
     total = int((data.units("comparison") * copies).sum())
     assert plan.steps_per_epoch == -(-total // 8)
     for epoch in range(2):
@@ -154,14 +155,14 @@ def test_trees_taken_several_times_count_several_times(data):
 def test_batches_are_built_ahead_and_waiting_is_told(data, monkeypatch):
     built = []
 
-    def slow(self: BatchPlan, step: int) -> GlobalBatch:
+    def slow(self: BatchLoader, step: int) -> GlobalBatch:
         time.sleep(0.2)
         built.append(step)
         return original(self, step)
 
-    original = BatchPlan.__getitem__
-    monkeypatch.setattr(BatchPlan, "__getitem__", slow)
-    plan = BatchPlan(data, unit="comparison", global_batch=4, row_length=200)
+    original = BatchLoader.__getitem__
+    monkeypatch.setattr(BatchLoader, "__getitem__", slow)
+    plan = BatchLoader(data, unit="comparison", global_batch=4, row_length=200)
     waited = []
     for step, batch in plan.prefetch(2, 7):
         waited.append(batch.waited)
@@ -176,12 +177,12 @@ def test_batches_are_built_ahead_and_waiting_is_told(data, monkeypatch):
 
 
 def test_an_error_while_building_reaches_the_step_that_needs_it(data):
-    plan = BatchPlan(data, unit="comparison", global_batch=4, row_length=20)
+    plan = BatchLoader(data, unit="comparison", global_batch=4, row_length=20)
     with pytest.raises(ValueError, match="does not fit a row of 20"):
         list(plan.prefetch(0, 3))
 
 
-def completions(plan: BatchPlan) -> dict[int, list[int]]:
+def completions(plan: BatchLoader) -> dict[int, list[int]]:
     """Number -> tokens of every mismatched sequence of an epoch."""
     found = {}
     for step in range(len(plan)):
@@ -196,8 +197,8 @@ def completions(plan: BatchPlan) -> dict[int, list[int]]:
 
 def test_mismatched_pairs_are_the_next_trees_completions_whatever_the_batch(data):
     settings = {"unit": "comparison", "shuffle": True, "mismatched": True}
-    found = completions(BatchPlan(data, global_batch=7, row_length=100, **settings))
-    assert found == completions(BatchPlan(data, global_batch=31, row_length=300, **settings))
+    found = completions(BatchLoader(data, global_batch=7, row_length=100, **settings))
+    assert found == completions(BatchLoader(data, global_batch=31, row_length=300, **settings))
     expected = {}
     for k in range(len(data)):
         own, other = data.group(k), data.group((k + 1) % len(data))
@@ -219,17 +220,17 @@ def test_mismatched_rows_are_spread_too(data):
     assert len({len(batch.mismatched) for batch in batches}) == 1
     ids = [int(k) for b in batches for row in b.mismatched for piece in row for k in piece.sequence_ids]
     assert len(ids) == len(set(ids)) == batches[0].mismatched_sequences
-    assert BatchPlan(data, unit="comparison", global_batch=30, row_length=100)[1].mismatched == []
+    assert BatchLoader(data, unit="comparison", global_batch=30, row_length=100)[1].mismatched == []
 
 
 def test_mismatched_pairs_need_two_prompts(data):
     alone = DataSet.of([data.group(0)])
     with pytest.raises(UserError, match="more than one"):
-        BatchPlan(alone, unit="comparison", global_batch=1, row_length=100, mismatched=True)
+        BatchLoader(alone, unit="comparison", global_batch=1, row_length=100, mismatched=True)
 
 
 def test_ranks_are_balanced_by_the_cost_that_is_given():
-    data = DataSet.of(shapes.ultrainteract(110, seed=5))
-    cost = row_cost_model(hidden=4096, layers=32, ffn=14336, heads=32, head_dim=128, kv_heads=8, vocab=32_000)
-    plan = BatchPlan(data, unit="comparison", global_batch=256, row_length=8192, ranks=8, cost=cost)
+    data = DataSet.of(ultrainteract.groups(110, seed=5))
+    cost = flops.row_cost(NAMED["mistral-7b"], "lm")
+    plan = BatchLoader(data, unit="comparison", global_batch=256, row_length=8192, ranks=8, cost=cost)
     assert plan[0].imbalance < 1.03

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reading
 import tiny
 
-from silva.engine.config import Data, Source
 from silva.engine.data import pipeline
-from silva.engine.data.chat import ChatTokenizer
 from silva.engine.data.encoding import Encoder
-from silva.engine.data.formats import read_groups
-from silva.engine.data.group import TokenGroup
+from silva.engine.data.reading import source as source_module
 from silva.engine.data.report import Report
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.data.trees.group import TokenGroup
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Data, Source
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +38,16 @@ def rows(tmp_path) -> Path:
     return tiny.write(tmp_path / "pair.jsonl", found)
 
 
-def job(rows: Path, tokenizer: ChatTokenizer, **settings) -> pipeline.Job:
+def job(rows: Path, tokenizer: ChatTokenizer, **settings) -> pipeline.SourceTask:
     source = Source(path=str(rows), format="ultrainteract_pair", absolute=True)
     data = Data(train=[source], **({"row_length": 1024} | settings))
-    return pipeline.Job(source, Encoder(tokenizer, data, "comparison"))
+    return pipeline.SourceTask(source, Encoder(tokenizer, data, "comparison"))
 
 
-def in_memory(job: pipeline.Job) -> tuple[list[TokenGroup], Report]:
+def in_memory(job: pipeline.SourceTask) -> tuple[list[TokenGroup], Report]:
     report = Report()
     rule = job.encoder.settings.on_bad_row
-    read = read_groups(job.source, kind=job.encoder.unit, on_bad_row=rule, report=report)
+    read = reading.groups(job.source, kind=job.encoder.unit, on_bad_row=rule, report=report)
     tokenized = [job.encoder(group, report) for group in read]
     return [group for group in tokenized if group is not None], report
 
@@ -101,12 +102,12 @@ def test_the_key_covers_what_the_tokens_depend_on(rows, tokenizer, tmp_path):
         job(rows, tokenizer, too_long="drop").key,
         job(rows, other_template).key,
         job(other_rows, tokenizer).key,
-        pipeline.Job(base.source.model_copy(update={"limit": 3}), base.encoder).key,
-        pipeline.Job(base.source.model_copy(update={"absolute": False}), base.encoder).key,
+        pipeline.SourceTask(base.source.model_copy(update={"limit": 3}), base.encoder).key,
+        pipeline.SourceTask(base.source.model_copy(update={"absolute": False}), base.encoder).key,
     ]
     assert len(set(keys)) == len(keys)
     # how much an epoch takes changes no token; neither does the place of the file
-    assert pipeline.Job(base.source.model_copy(update={"count": 3}), base.encoder).key == base.key
+    assert pipeline.SourceTask(base.source.model_copy(update={"count": 3}), base.encoder).key == base.key
     moved = tmp_path / "elsewhere" / "pair.jsonl"
     moved.parent.mkdir()
     moved.write_bytes(rows.read_bytes())
@@ -118,7 +119,7 @@ def test_after_a_kill_only_missing_shards_are_made(rows, tokenizer, tmp_path, mo
     work = job(rows, tokenizer)
     make = pipeline._make_shard
 
-    def die_at_three(job: pipeline.Job, folder: Path, number: int) -> None:
+    def die_at_three(job: pipeline.SourceTask, folder: Path, number: int) -> None:
         if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         make(job, folder, number)
@@ -134,7 +135,7 @@ def test_after_a_kill_only_missing_shards_are_made(rows, tokenizer, tmp_path, mo
         raise AssertionError("the rows were read again")
 
     monkeypatch.setattr(pipeline, "_make_shard", make)
-    monkeypatch.setattr(pipeline, "open_rows", must_not_read)
+    monkeypatch.setattr(source_module, "open_rows", must_not_read)
     folder = pipeline.build(work, tmp_path, workers=2)
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
     monkeypatch.undo()
@@ -143,7 +144,7 @@ def test_after_a_kill_only_missing_shards_are_made(rows, tokenizer, tmp_path, mo
 
 def test_a_kill_while_reading_leaves_nothing_that_is_believed(rows, tokenizer, tmp_path, monkeypatch):
     work = job(rows, tokenizer)
-    opened = pipeline.open_rows
+    opened = source_module.open_rows
 
     def interrupted(*arguments):
         for number, row in enumerate(opened(*arguments)):
@@ -151,7 +152,7 @@ def test_a_kill_while_reading_leaves_nothing_that_is_believed(rows, tokenizer, t
                 raise KeyboardInterrupt
             yield row
 
-    monkeypatch.setattr(pipeline, "open_rows", interrupted)
+    monkeypatch.setattr(source_module, "open_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.build(work, tmp_path)
     monkeypatch.undo()

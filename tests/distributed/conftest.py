@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import tiny
 from worlds import world
 
-from silva.engine import trainer
-from silva.engine.config import Recipe
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import trainer
 
 KINDS: dict[str, dict[str, Any]] = {"untied": {}, "tied": {"tie_word_embeddings": True}}
 
@@ -63,15 +64,14 @@ def run(size: int, recipe: Recipe) -> Run:
 
 def _train(recipe: Recipe) -> list[float]:
     found: list[float] = []
-    own = trainer.Trainer._divergence
 
-    def recorded(self: trainer.Trainer, *arguments: Any) -> Any:
-        estimate = own(self, *arguments)
-        found.append(float(estimate))
-        return estimate
+    @contextlib.contextmanager
+    def recorded(running: trainer.Trainer, number: int, batch: Any) -> Iterator[None]:
+        yield
+        if "kl" in running.last:
+            found.append(running.last["kl"])
 
-    trainer.Trainer._divergence = recorded  # type: ignore[method-assign]  # this process ends with the world
-    trainer.train(recipe)
+    trainer.train(recipe, around=recorded)
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import pytest
 import tiny
 from worlds import world
 
-from silva.engine import checkpoint, trainer
-from silva.engine.config import Recipe
+from silva.engine.checkpoint import index, writer
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import trainer
 
 TRAINING = {"global_batch": 4, "max_steps": 4, "learning_rate": 1e-3, "epsilon": 1e-4, "keep": 9}
 EVERY_STEP = {"training": TRAINING | {"save_every": 1}}
@@ -40,24 +43,23 @@ def run(recipe: Recipe) -> None:
 
 def run_ahead_of_the_writers(recipe: Recipe) -> None:
     """Trains with writers that wait until the step behind their checkpoint is done."""
-    write, step, own = checkpoint._write, trainer.Trainer.train_step, os.getpid()
-    gates = Path(recipe.output)
+    own, gates = os.getpid(), Path(recipe.output)
 
     def slow(transforms: Any, rank: int, buckets: Any, results: Any) -> None:
-        number = int(Path(buckets[0][0]).parent.name.removeprefix(checkpoint.PREFIX)[:8])
+        number = int(Path(buckets[0][0]).parent.name.removeprefix(index.PREFIX)[:8])
         behind = os.getpid() != own and number < recipe.training.max_steps  # the last one is waited for
         while behind and not (gates / f"done-{number}").exists():
             time.sleep(0.01)
-        write(transforms, rank, buckets, results)
+        writer.write_files(transforms, rank, buckets, results)
 
-    def ahead(self: trainer.Trainer, number: int, batch: Any) -> dict[str, float]:
-        values = step(self, number, batch)
+    @contextlib.contextmanager
+    def ahead(running: trainer.Trainer, number: int, batch: Any) -> Iterator[None]:
+        running.saver.write = slow
+        yield
         assert not (gates / "checkpoints" / f"step-{number:08d}").exists()
         (gates / f"done-{number}").touch()
-        return values
 
-    checkpoint._write, trainer.Trainer.train_step = slow, ahead  # type: ignore[assignment, method-assign]
-    trainer.train(recipe)
+    trainer.train(recipe, around=ahead)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def run_until_killed(recipe: Recipe) -> None:
     """Rank 0 kills itself a step after it began to save step 3, whose writers never get ready."""
-    write, step, own = checkpoint._write, trainer.Trainer.train_step, os.getpid()
+    own = os.getpid()
 
     def stuck(transforms: Any, rank: int, buckets: Any, results: Any) -> None:
         if "00000003" in buckets[0][0]:
@@ -96,19 +98,19 @@ def run_until_killed(recipe: Recipe) -> None:
             while os.getppid() == own:
                 time.sleep(0.01)
             os._exit(1)
-        write(transforms, rank, buckets, results)
+        writer.write_files(transforms, rank, buckets, results)
 
-    def dying(self: trainer.Trainer, number: int, batch: Any) -> dict[str, float]:
-        values = step(self, number, batch)
-        if number == 3 and self.first:
+    @contextlib.contextmanager
+    def dying(running: trainer.Trainer, number: int, batch: Any) -> Iterator[None]:
+        running.saver.write = stuck
+        yield
+        if number == 3 and running.first:
             folder = Path(recipe.output) / "checkpoints"
             while len(list(folder.glob("step-00000003.*/*.distcp"))) < 2:  # a writer of each rank is at work
                 time.sleep(0.01)
             os.kill(own, signal.SIGKILL)
-        return values
 
-    checkpoint._write, trainer.Trainer.train_step = stuck, dying  # type: ignore[assignment, method-assign]
-    trainer.train(recipe)
+    trainer.train(recipe, around=dying)
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(model, data, tmp_path):
@@ -119,8 +121,8 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(model, d
     with pytest.raises(RuntimeError, match="died without a word"):
         world(2, run_until_killed, killed)
     folder = tmp_path / "killed" / "checkpoints"
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-00000001", "step-00000002"]
-    assert len(list(folder.glob(f"*{checkpoint.PARTIAL}"))) == 1
+    assert [path.name for path in index.checkpoints(folder)] == ["step-00000001", "step-00000002"]
+    assert len(list(folder.glob(f"*{index.PARTIAL}"))) == 1
     world(2, run, killed)
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{n:08d}" for n in (1, 2, 3, 4)]
     ours, expected = (
@@ -133,19 +135,22 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(model, d
 
 def run_with_a_broken_writer(recipe: Recipe, how: str, rank: int) -> str:
     """What the run says when the writer of one rank fails at step 2."""
-    write = checkpoint._write
 
-    def broken(transforms: Any, writer: int, buckets: Any, results: Any) -> None:
-        if writer == rank and "00000002" in buckets[0][0]:
+    def broken(transforms: Any, own: int, buckets: Any, results: Any) -> None:
+        if own == rank and "00000002" in buckets[0][0]:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             folder = Path(buckets[0][0]).parent
             buckets = [(str(folder / "absent" / name), name, content) for _, name, content in buckets]
-        write(transforms, writer, buckets, results)
+        writer.write_files(transforms, own, buckets, results)
 
-    checkpoint._write = broken
+    @contextlib.contextmanager
+    def broken_down(running: trainer.Trainer, number: int, batch: Any) -> Iterator[None]:
+        running.saver.write = broken
+        yield
+
     try:
-        trainer.train(recipe)
+        trainer.train(recipe, around=broken_down)
     except UserError as error:
         return str(error)
     return ""
@@ -169,24 +174,24 @@ def test_a_writer_that_fails_ends_the_run_in_one_line(how, rank, reason, asynchr
     assert "see rank 0" in said[1]
     assert "\n" not in said[0]
     folder = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-00000001"]
+    assert [path.name for path in index.checkpoints(folder)] == ["step-00000001"]
     world(2, run, recipe)  # the cause is gone
     assert [line["step"] for line in tiny.history(tmp_path / "run")] == [0, 1, 2, 3]
     assert json.loads((folder / "step-00000004" / "run.json").read_text())["step"] == 4
-    assert not list(folder.glob(f"*{checkpoint.PARTIAL}"))
+    assert not list(folder.glob(f"*{index.PARTIAL}"))
 
 
 def test_results_of_any_size_pass_from_writer_to_saver():
     """A pipe of 64 KiB, which a larger model's write results exceed, would block here for ever."""
-    results = checkpoint._Results()
-    writer = multiprocessing.get_context("fork").Process(target=results.put, args=(b"x" * 2**20,))
-    writer.start()
-    writer.join()
+    results = writer.Results()
+    process = multiprocessing.get_context("fork").Process(target=results.put, args=(b"x" * 2**20,))
+    process.start()
+    process.join()
     assert len(results.get_nowait()) == 2**20
 
 
 def test_results_of_a_killed_writer_are_an_error():
-    results = checkpoint._Results()
+    results = writer.Results()
     assert isinstance(results.get_nowait(), RuntimeError)
     results._file.write(b"\x80\x04")  # the beginning of a pickle
     assert isinstance(results.get_nowait(), RuntimeError)
@@ -199,7 +204,7 @@ def test_a_writer_ends_with_the_process_that_trains():
     if training == 0:
         owner = os.getpid()
         if os.fork() == 0:
-            checkpoint._end_with(owner)
+            writer.end_with(owner)
             os.write(write, b"at work")
             time.sleep(600)
         os.read(read, 7)

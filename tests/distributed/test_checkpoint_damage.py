@@ -10,9 +10,9 @@ import pytest
 import tiny
 from worlds import world
 
-from silva.engine import trainer
-from silva.engine.config import Recipe
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import trainer
 
 
 def run(recipe: Recipe) -> str:

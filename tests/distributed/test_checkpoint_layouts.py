@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from worlds import world
 
-from silva.engine import checkpoint, publish, trainer
-from silva.engine.config import Recipe
+from silva.engine.checkpoint import index, state
+from silva.engine.checkpoint.saver import Saver
 from silva.engine.model import gpt, hf
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import publish, trainer
 
 TRAINING = {
     "global_batch": 4,
@@ -54,19 +58,16 @@ class Stopped(Exception):
 
 def run_to(recipe: Recipe, stop: int) -> None:
     """Trains until `stop` steps are done and their checkpoint is whole."""
-    step = trainer.Trainer.train_step
 
-    def stopping(self: trainer.Trainer, number: int, batch: Any) -> dict[str, float]:
+    @contextlib.contextmanager
+    def stopping(running: trainer.Trainer, number: int, batch: Any) -> Iterator[None]:
         if number == stop:
-            self.saver.wait()
+            running.saver.wait()
             raise Stopped
-        return step(self, number, batch)
+        yield
 
-    trainer.Trainer.train_step = stopping  # type: ignore[method-assign]
-    try:
-        trainer.train(recipe)
-    except Stopped:
-        return
+    with contextlib.suppress(Stopped):
+        trainer.train(recipe, around=stopping)
 
 
 @pytest.fixture(scope="module")
@@ -135,25 +136,25 @@ def load_and_save(recipe: Recipe, source: Path, target: Path) -> None:
             for p in chunk.parameters():
                 p.fill_(torch.nan)
     chunks = optimizer.wrap(bare, recipe.parallel)
-    state = optimizer.build(chunks, recipe.training, recipe.parallel)
-    step = checkpoint.load(source, chunks, state, {})
+    made = optimizer.build(chunks, recipe.training, recipe.parallel)
+    step = state.load(source, chunks, made, {})
     for chunk in bare:
         for name, p in chunk.named_parameters():
             assert torch.isfinite(p).all(), name
-    checkpoint.Saver(target, keep=9, asynchronous=False).save(step, chunks, state, {})
+    Saver(target, keep=9, asynchronous=False).save(step, chunks, made, {})
     groups.shutdown()
 
 
 def compare(before: Path, after: Path) -> None:
     """Every tensor of two checkpoints, but for the rows that pad a vocabulary."""
-    with checkpoint._guarded_index():
+    with index.guarded_index():
         first, last = (dist_checkpointing.load_plain_tensors(str(folder)) for folder in (before, after))
     assert first.keys() == last.keys()
     assert len([name for name in first if "exp_avg_sq" in name]) >= 8
-    for state in (first, last):
-        groups_of_state = state.pop("optimizer")["optimizer"]["param_groups"]
+    for saved in (first, last):
+        groups_of_state = saved.pop("optimizer")["optimizer"]["param_groups"]
         assert {group["step"] for group in groups_of_state} == {2}
-        del state["content_metadata"]
+        del saved["content_metadata"]
     for name, x in first.items():
         rows = tuple(slice(0, min(sizes)) for sizes in zip(x.shape, last[name].shape, strict=True))
         assert torch.equal(x[rows], last[name][rows]), name
@@ -182,10 +183,10 @@ def read_bytes(recipe: Recipe, source: Path) -> int:
     groups.initialize(recipe.parallel)
     bare = gpt.build(hf.read_shape(recipe.model.path), recipe.parallel, head="lm", dtype=torch.bfloat16)
     chunks = optimizer.wrap(bare, recipe.parallel)
-    state = optimizer.build(chunks, recipe.training, recipe.parallel)
-    checkpoint.load(source, chunks, state, {})  # the first time, modules are read too
+    made = optimizer.build(chunks, recipe.training, recipe.parallel)
+    state.load(source, chunks, made, {})  # the first time, modules are read too
     before = _characters_read()
-    checkpoint.load(source, chunks, state, {})
+    state.load(source, chunks, made, {})
     found = _characters_read() - before
     groups.shutdown()
     return found

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from worlds import world
 
-from silva.engine import trainer
-from silva.engine.config import Recipe
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import trainer
 
 CORE = "megatron.core."
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from worlds import world
 
-from silva.engine import passes
-from silva.engine.config import Parallel, Training
-from silva.engine.data.packing import TreeBatch
+from silva.engine.data.trees.packing import TreeBatch
 from silva.engine.errors import UserError
-from silva.engine.metrics import SUMS
 from silva.engine.model import gpt, hf
+from silva.engine.recipe.schema import Parallel, Training
+from silva.engine.training import passes
+from silva.engine.training.metrics import SUMS
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
@@ -209,11 +209,11 @@ def test_layouts_that_do_not_fit_the_processes_are_refused(size, layout, said):
         ),
         (
             {"stage_layers": [1, 1, 2]},
-            r"parallel\.stage_layers is \[1, 1, 2\], but parallel\.pipeline .* is 2",
+            r"parallel\.stage_layers: found 3 numbers; .*pipeline x virtual_pipeline = 2",
         ),
         (
             {"stage_layers": [2, 2], "virtual_pipeline": 2},
-            r"parallel\.stage_layers .* parallel\.pipeline .* is 4",
+            r"parallel\.stage_layers: found 2 numbers; .*pipeline x virtual_pipeline = 4",
         ),
         (
             {"virtual_pipeline": 3},

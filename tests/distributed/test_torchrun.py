@@ -8,7 +8,7 @@ import pytest
 import tiny
 from worlds import world
 
-from silva.engine import trainer
+from silva.engine.training import trainer
 
 
 def run(recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from worlds import world
 
-from silva.engine import publish, trainer
-from silva.engine.config import Recipe
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import publish, trainer
 
 TOLERANCE = 1e-5  # float32 sums in another order, over three optimizer steps
 # a sequence's log-prob is near -500, where float32's last digit is 3e-5: NCA's coefficients carry that
@@ -56,16 +57,15 @@ def test_another_packing_changes_nothing(model, data, runs, tmp_path):
 
 def until_killed(recipe: Recipe) -> None:
     """Trains slowly, so that the parent's signal finds it between two steps."""
-    step = trainer.Trainer.train_step
 
-    def slow(self, number, batch):
+    @contextlib.contextmanager
+    def slow(running, number, batch):
         if number >= 3:
             time.sleep(600)
-        return step(self, number, batch)
+        yield
 
-    trainer.Trainer.train_step = slow
     Path(recipe.output).with_suffix(".pid").write_text(str(os.getpid()))
-    trainer.train(recipe)
+    trainer.train(recipe, around=slow)
 
 
 @pytest.mark.parametrize("objective", ["sft", "kto"])
@@ -174,8 +174,10 @@ def export(recipe: Recipe) -> None:
     def refuse(*unused: object) -> None:
         raise AssertionError("gradients or optimizer state were allocated")
 
-    trainer.optimizer.wrap = trainer.optimizer.build = refuse
-    publish.export_checkpoint(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("wrap", "build"):
+            patch.setattr(trainer.optimizer, name, refuse)
+        publish.export_checkpoint(recipe)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import world
 
-from silva.engine import trainer
+from silva.engine.training import trainer
 from silva.kernels import dispatch
 
 STEPS = 2
@@ -34,7 +34,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, name: str, output: Path, layout: dict, kernels: bool) -> None:
-    dispatch.INTERPRETED = kernels
     rows = folder / ("sft.jsonl" if name == "sft" else "pair.jsonl")
     source = {
         "path": str(rows),
@@ -45,7 +44,8 @@ def run(folder: Path, name: str, output: Path, layout: dict, kernels: bool) -> N
     recipe = tiny.recipe(
         name, folder / "model", rows, output, parallel=layout, data={"train": [source]}, training=training
     )
-    trainer.train(recipe)
+    with dispatch.forced(kernels):
+        trainer.train(recipe)
 
 
 @pytest.mark.skipif(

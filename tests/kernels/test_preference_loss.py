@@ -7,11 +7,12 @@ from silva.engine.parallel import groups  # noqa: F401  prepares megatron-core f
 import pytest
 import torch
 
-from silva.engine.config import Objective
-from silva.engine.metrics import likelihood_sums, preference_sums
 from silva.engine.objectives import OBJECTIVES
+from silva.engine.recipe.schema import Objective
+from silva.engine.training.metrics import likelihood_sums, preference_sums
 from silva.kernels import preference_loss as module
-from silva.kernels.preference_loss import REFERENCE, REWARD, Structure, preference_loss
+from silva.kernels.preference_loss import Structure, preference_loss
+from silva.kernels.preference_terms import TERMS
 from silva.kernels.reference import sequence_sums
 
 NUMBERS = {
@@ -78,7 +79,7 @@ class Forest:
         return sequence_sums(values, self.span, self.structure.span_pointer, self.structure.span_index)
 
     def values(self, name: str) -> torch.Tensor:
-        return self.reward if name in REWARD else self.logprob
+        return self.reward if TERMS[name].reward else self.logprob
 
 
 def found(forest: Forest, name: str, beta: float, kl: float, average: bool, device, values=None):
@@ -88,7 +89,7 @@ def found(forest: Forest, name: str, beta: float, kl: float, average: bool, devi
         values,
         s,
         name,
-        reference_logprob=forest.reference.to(device) if name in REFERENCE else None,
+        reference_logprob=forest.reference.to(device) if TERMS[name].reference else None,
         kl=torch.tensor(kl, device=device) if name == "kto" else None,
         beta=beta,
         ipo_average=average,
@@ -103,7 +104,7 @@ def truth(forest: Forest, name: str, beta: float, kl: float, average: bool, valu
     """The same four, from the engine's pure functions under float64 autograd."""
     values = (forest.values(name) if values is None else values).double().requires_grad_()
     s = forest.structure
-    per_sequence = values if name in REWARD else forest.sums(values)
+    per_sequence = values if TERMS[name].reward else forest.sums(values)
     settings = Objective(name=name, beta=beta, ipo_average=average, **NUMBERS)
     result = OBJECTIVES[name].preference(
         per_sequence,
@@ -137,12 +138,12 @@ CASES = [(name, True) for name in OBJECTIVES] + [("ipo", False)]
 
 
 def test_every_objective_of_the_engine_is_here():
-    assert set(module.OBJECTIVES) == set(OBJECTIVES)
+    assert set(TERMS) == set(OBJECTIVES)
     for name, objective in OBJECTIVES.items():
-        assert (name in REFERENCE) == objective.needs_reference
-        assert (name in REWARD) == (objective.head == "reward")
-        read = set(objective.settings) - {"beta", "ipo_average"}
-        assert read == set(module.NUMBERS.get(name, ()))
+        assert TERMS[name].reference == objective.needs_reference
+        assert TERMS[name].reward == (objective.head == "reward")
+        read = set(objective.keys) - {"beta", "ipo_average"}
+        assert read == set(TERMS[name].numbers)
 
 
 @pytest.mark.parametrize(("name", "average"), CASES)

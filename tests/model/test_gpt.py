@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from worlds import world
 
-from silva.engine.config import Parallel
 from silva.engine.errors import UserError
 from silva.engine.model import gpt, heads, hf
+from silva.engine.recipe.schema import Parallel
 from silva.kernels import reference
 
 # float32, four layers: sums of about a hundred terms in another order
@@ -197,12 +197,11 @@ def attention_calls(folder: Path, parallel: Parallel) -> tuple[list[dict], list[
         seen.append((q.shape[1] // k.shape[1], [blocks is one for one in built]))
         return attend(q, k, v, end, blocks=blocks, **options)
 
-    gpt.attention_blocks, gpt.tree_attention = (
-        recorded_make,
-        recorded_attend,
-    )  # this process ends with the world
-    chunks, _ = random_models.build(folder, parallel)
-    random_models.outputs(chunks, [torch.arange(9)], gpt.logits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "attention_blocks", recorded_make)
+        patch.setattr(gpt, "tree_attention", recorded_attend)
+        chunks, _ = random_models.build(folder, parallel)
+        random_models.outputs(chunks, [torch.arange(9)], gpt.logits)
     return asked, seen
 
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import world
 
-from silva.engine.config import Parallel
 from silva.engine.errors import UserError
 from silva.engine.model import gpt, hf, hf_layout
+from silva.engine.recipe.schema import Parallel
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -388,11 +388,11 @@ def test_pieces_cover_every_tensor_exactly_once(heads, kv_heads, tensor_size):
     for parameter, rows in sharded.items():
         for rank in range(tensor_size):
             filled = 0
-            for piece in hf_layout.pieces(parameter, 0, shape, tensor_rank=rank, tensor_size=tensor_size):
-                dims[piece.tensor] = piece.dim
-                filled += piece.stop - piece.start
-                for index in range(piece.start, piece.stop):
-                    covered[piece.tensor][index] += 1
+            for own in hf_layout.slices(parameter, 0, shape, tensor_rank=rank, tensor_size=tensor_size):
+                dims[own.tensor] = own.dim
+                filled += own.stop - own.start
+                for index in range(own.start, own.stop):
+                    covered[own.tensor][index] += 1
             assert rows is None or filled == rows
     every = hf_layout.tensors(shape) | {"lm_head.weight": (29, 32)}
     for name, counts in covered.items():

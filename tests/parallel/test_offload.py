@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from worlds import world
 
-from silva.engine import trainer
-from silva.engine.config import Recipe
+from silva.engine.recipe.schema import Recipe
+from silva.engine.training import trainer
 
 TRAINING = {
     "max_steps": 4,
@@ -37,18 +39,18 @@ def data(tmp_path_factory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("data") / "pair.jsonl", tiny.rows("pair", 6))
 
 
-def run(recipe: Recipe, piece: int) -> tuple[int, int, int]:
+def run(recipe: Recipe, portion: int) -> tuple[int, int, int]:
     """Trains; elements of main weights, bytes that they and their moments hold on the device after it, on the host."""
-    offload.PIECE = piece
     parts: list[Any] = []
-    step = trainer.Trainer.train_step
 
-    def kept(self: trainer.Trainer, number: int, batch: Any) -> dict[str, float]:
-        parts[:] = self.optimizer.chained_optimizers
-        return step(self, number, batch)
+    @contextlib.contextmanager
+    def kept(running: trainer.Trainer, number: int, batch: Any) -> Iterator[None]:
+        parts[:] = running.step.optimizer.chained_optimizers
+        yield
 
-    trainer.Trainer.train_step = kept  # type: ignore[method-assign]
-    trainer.train(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "PORTION", portion)
+        trainer.train(recipe, around=kept)
     mains = [p for part in parts for group in part.shard_fp32_from_float16_groups for p in group]
     state = [x for part in parts for each in part.optimizer.state.values() for x in each.values()]
     return (
@@ -71,7 +73,7 @@ def metrics(output: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "parallel", "piece"),
+    ("size", "dtype", "parallel", "portion"),
     [
         (1, "bfloat16", {}, 5000),
         (1, "bfloat16", {}, 1 << 26),  # everything at once
@@ -80,10 +82,10 @@ def metrics(output: Path) -> list[tuple[float, float]]:
         (2, "float32", {}, 5000),
     ],
 )
-def test_steps_are_those_without_it(size, dtype, parallel, piece, model, data, tmp_path):
+def test_steps_are_those_without_it(size, dtype, parallel, portion, model, data, tmp_path):
     for name, more in (("with", {"offload_optimizer": True}), ("without", {})):
         recipe = tiny.recipe("nca", model, data, tmp_path / name, **settings(dtype, parallel | more))
-        for elements, device, host in world(size, run, recipe, piece):
+        for elements, device, host in world(size, run, recipe, portion):
             assert (elements > 0) == (dtype == "bfloat16")
             if name == "with":
                 assert device == 0
@@ -123,8 +125,9 @@ def bytes_while_built(recipe: Recipe) -> tuple[int, int, int]:
         during.append(held())
         return make(*arguments, **options)
 
-    optimizer.get_megatron_optimizer = recorded  # this process ends with the world
-    optimizer.build([chunk], recipe.training, recipe.parallel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "get_megatron_optimizer", recorded)
+        optimizer.build([chunk], recipe.training, recipe.parallel)
     return during[0], held(), sum(int(buffer.grad_data.count_nonzero()) for buffer in chunk.buffers)
 
 
@@ -153,8 +156,8 @@ def test_host_memory_is_taken_in_slabs_that_are_filled_up(monkeypatch):
     assert all((x == number).all() for number, x in enumerate(found))
 
 
-def test_pieces_are_no_larger_than_they_may_be_or_one_weight(monkeypatch):
-    monkeypatch.setattr(offload, "PIECE", 10)
+def test_portions_are_no_larger_than_they_may_be_or_one_weight(monkeypatch):
+    monkeypatch.setattr(offload, "PORTION", 10)
     sizes = [4, 6, 1, 30, 2, 2]
-    found = [[len(p) for p in piece] for piece in offload.pieces(torch.zeros(n) for n in sizes)]
+    found = [[len(p) for p in portion] for portion in offload.portions(torch.zeros(n) for n in sizes)]
     assert found == [[4, 6], [1], [30], [2, 2]]

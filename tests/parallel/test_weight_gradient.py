@@ -13,7 +13,7 @@ import torch
 from megatron.core.tensor_parallel import layers
 from worlds import world
 
-from silva.engine.config import Parallel
+from silva.engine.recipe.schema import Parallel
 
 ROWS = 6  # micro-batches of a step
 

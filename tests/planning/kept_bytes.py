@@ -16,11 +16,11 @@ from silva.engine.parallel import optimizer
 
 import torch
 
-from silva.engine.config import Parallel
-from silva.engine.data.row_share import share_of
+from silva.engine.data.trees.row_share import share_of
 from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.planning.built import plain_row, pretended_world
+from silva.engine.recipe.schema import Parallel
 from silva.kernels import dispatch
 
 

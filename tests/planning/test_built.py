@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from silva.engine.parallel import groups, optimizer
+from silva.engine.parallel.forked import isolated
 
 import pytest
 import torch
 import torch.distributed as dist
 from worlds import world
 
-from silva.engine.config import Parallel, Training
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.planning import built
 from silva.engine.planning.built import Job
-from silva.engine.planning.isolated import isolated
-from silva.engine.planning.shapes import NAMED
+from silva.engine.planning.named_models import NAMED
+from silva.engine.recipe.schema import Parallel, Training
 from silva.kernels import dispatch
 
 SHAPE = ModelShape(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from silva.engine.parallel import groups
+from silva.engine.parallel.forked import isolated
 
 import pytest
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from silva.engine.config import Parallel
 from silva.engine.planning.built import Chunk
-from silva.engine.planning.isolated import isolated
 from silva.engine.planning.memory import held, schedule
 from silva.engine.planning.meter import Cost
+from silva.engine.recipe.schema import Parallel
 
 
 def megatrons(stages: int, chunks: int, micro_batches: int, place: int) -> tuple[int, list[int]]:

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import shapes as trees
 
+from benchmarks import ultrainteract
 from silva.engine import plan
-from silva.engine.config import Parallel, load
-from silva.engine.data import store, tree
+from silva.engine.data import store
+from silva.engine.data.trees import tree
 from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.planning import workload
 from silva.engine.planning.hardware import GIB, Gpu
 from silva.engine.planning.predict import Setting, as_overrides, build_stages, predict
 from silva.engine.planning.search import _compose, layouts, measure_layers, search, smallest_cluster
+from silva.engine.recipe.loading import load
+from silva.engine.recipe.schema import Parallel
 
 SHAPE = ModelShape(
     layers=6, hidden=256, heads=8, kv_heads=4, head_dim=32, ffn=640, vocab=4000, rope_theta=1e4, norm_eps=1e-5,
@@ -124,7 +126,7 @@ def test_mistakes_end_in_one_line(capsys, arguments, message):
 
 
 def test_tokens_and_depths_are_the_trees(tmp_path):
-    found = trees.ultrainteract(40, scale=0.1)
+    found = ultrainteract.groups(40, scale=0.1)
     store.write(tmp_path / "0.arrow", found[:25])
     store.write(tmp_path / "1.arrow", found[25:])
     recipe = load("eurus-7b-nca")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from silva.engine.config import Parallel, Training
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.planning.built import Chunk, Job, Stage
 from silva.engine.planning.hardware import Assumptions, Gpu
 from silva.engine.planning.meter import Cost
 from silva.engine.planning.step_time import Load, micro_batches, model_flops, step_time
+from silva.engine.recipe.schema import Parallel, Training
 
 SHAPE = ModelShape(
     layers=8, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=256, vocab=1000, rope_theta=1e4, norm_eps=1e-5,
@@ -22,7 +22,7 @@ SHAPE = ModelShape(
 # powers of ten, so that the seconds expected below can be read off
 GPU = Gpu("test", flops=1e12, memory=1e9, bandwidth=1e9, nvlink=1e9, network=1e8, host=1e7, per_node=8)
 EXACT = Assumptions(products=1, attention=1, attention_backward=1, memory=1, links=1, hidden=1)
-LOAD = Load(rows=8, tokens=8000, depth=100)
+LOAD = Load(rows=8, tokens=8000, depth=100, scored=8000)
 
 
 def job(world: int, **layout: Any) -> Job:
@@ -128,7 +128,10 @@ def test_rows_per_replica():
 def test_operations_a_model_needs():
     """6 per weight and token (2 forward, 4 backward), 12 H D per layer, token and visible key."""
     weights = 8 * 128 * (2 * 128 + 2 * 64 + 3 * 256)
-    assert model_flops(SHAPE, "reward", 10, 5) == 10 * (6 * weights + 12 * 8 * 128 * 5)
-    assert model_flops(SHAPE, "lm", 10, 5) == 10 * (6 * (weights + 128 * 1000) + 12 * 8 * 128 * 5)
-    windowed = replace(SHAPE, window=3)
-    assert model_flops(windowed, "reward", 10, 5) == 10 * (6 * weights + 12 * 8 * 128 * 3)
+    load = Load(rows=1, tokens=10, depth=5, scored=4)
+    reward, policy = (replace(job(1), head=head) for head in ("reward", "lm"))
+    assert model_flops(reward, load) == 10 * (6 * weights + 12 * 8 * 128 * 5)
+    # the output matrix only where a position is scored
+    assert model_flops(policy, load) == 10 * (6 * weights + 12 * 8 * 128 * 5) + 4 * 6 * 128 * 1000
+    windowed = replace(reward, shape=replace(SHAPE, window=3))
+    assert model_flops(windowed, load) == 10 * (6 * weights + 12 * 8 * 128 * 3)

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from silva.engine import config
-from silva.engine.data.readers import FORMATS
+from silva.engine.data.reading.formats import FORMATS
 from silva.engine.errors import UserError
+from silva.engine.objectives import OBJECTIVES
+from silva.engine.recipe import schema as config
+from silva.engine.recipe.file import packaged
+from silva.engine.recipe.loading import load
 
-ALL = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+ALL = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 
 RECIPE = """\
 output: runs/x
@@ -39,14 +42,14 @@ def recipe(tmp_path):
 
 def refusal(file: str, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        config.load(file, overrides)
+        load(file, overrides)
     line = str(caught.value)
     assert "\n" not in line
     return line
 
 
 def test_values_types_and_defaults(recipe):
-    loaded = config.load(recipe())
+    loaded = load(recipe())
     assert loaded.training.learning_rate == 5e-7  # YAML 1.1 reads this spelling as text
     assert loaded.objective.beta == 0.1
     assert loaded.data.train[1].format == "ultrafeedback"
@@ -60,7 +63,7 @@ def test_values_types_and_defaults(recipe):
 
 @pytest.mark.parametrize("text", ["5e-7", "5E-7", "5.0e-07", ".5e-6", "0.0000005", "+5e-7"])
 def test_numbers_in_every_spelling(recipe, text):
-    assert config.load(recipe(("5e-7", text))).training.learning_rate == pytest.approx(5e-7, rel=1e-15)
+    assert load(recipe(("5e-7", text))).training.learning_rate == pytest.approx(5e-7, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_numbers_in_every_spelling(recipe, text):
     [("no", "no"), ("on", "on"), ("1:30", "1:30"), ("2024-01-01", "2024-01-01"), ("'7'", "7")],
 )
 def test_words_stay_words(recipe, text, value):
-    assert config.load(recipe(("runs/x", text))).output == value
+    assert load(recipe(("runs/x", text))).output == value
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_missing_keys(recipe, key):
 
 
 def test_overrides(recipe):
-    loaded = config.load(
+    loaded = load(
         recipe(),
         [
             "training.learning_rate=1e-3",
@@ -180,7 +183,7 @@ def test_overrides(recipe):
 
 
 def test_the_later_override_wins_and_values_may_hold_an_equals_sign(recipe):
-    assert config.load(recipe(), ["output=a", "output=b=c"]).output == "b=c"
+    assert load(recipe(), ["output=a", "output=b=c"]).output == "b=c"
 
 
 @pytest.mark.parametrize(
@@ -214,10 +217,10 @@ def test_base_merges_sections_and_replaces_lists(recipe):
         "data:\n  train: [{path: c, format: hh_rlhf}]\n  row_length: 64\n",
     )
     grandchild = recipe(name="grandchild.yaml", text="base: ./child.yaml\ntraining: {epochs: 3}\n")
-    loaded = config.load(grandchild)
+    loaded = load(grandchild)
     assert (loaded.objective.name, loaded.training.epochs, loaded.training.global_batch) == ("ipo", 3, 8)
     assert [source.path for source in loaded.data.train] == ["c"]
-    assert config.load(child).training.epochs == 1
+    assert load(child).training.epochs == 1
 
 
 def test_an_error_names_the_file_that_set_the_key(recipe):
@@ -229,8 +232,8 @@ def test_an_error_names_the_file_that_set_the_key(recipe):
 
 def test_a_packaged_recipe_as_base(recipe):
     file = recipe(name="mine.yaml", text="base: eurus-7b-kto\nobjective: {beta: 0.3}\n")
-    assert config.load(file).objective.lambda_desirable == 1.33
-    assert config.load(file).objective.beta == 0.3
+    assert load(file).objective.lambda_desirable == 1.33
+    assert load(file).objective.beta == 0.3
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")])
@@ -298,7 +301,7 @@ def test_dotted_inputs_are_relative_to_the_file_that_states_them(tmp_path, recip
     child = recipe(name="child.yaml", text="base: deep/recipe.yaml\n")
     monkeypatch.chdir(tmp_path)
     for name in (child, "child.yaml"):
-        loaded = config.load(name, ["data.train.1.path=./b.jsonl"])
+        loaded = load(name, ["data.train.1.path=./b.jsonl"])
         assert loaded.model.path == str(tmp_path / "model")
         assert [source.path for source in loaded.data.train] == [str(tmp_path / "deep/a.jsonl"), "./b.jsonl"]
         assert loaded.tokenizer.path == str(tmp_path / "deep/tok")
@@ -351,30 +354,28 @@ def test_impossible_combinations(recipe, overrides, problem):
 
 
 def test_a_key_the_objective_does_not_use_may_stand_at_its_default(recipe):
-    assert config.load(recipe(), ["objective.name=sft", "objective.beta=0.1"]).objective.name == "sft"
+    assert load(recipe(), ["objective.name=sft", "objective.beta=0.1"]).objective.name == "sft"
     assert "found 0.2, but sft does not use it" in refusal(
         recipe(), "objective.name=sft", "objective.beta=0.2"
     )
 
 
 def test_kto_takes_unpaired_rows_and_its_own_keys(recipe):
-    loaded = config.load(
+    loaded = load(
         recipe(), ["objective.name=kto", "objective.lambda_desirable=1.33", "data.train.0.format=unpaired"]
     )
     assert loaded.objective.lambda_desirable == 1.33
 
 
 def test_layouts_that_are_possible(recipe):
-    loaded = config.load(
+    loaded = load(
         recipe(), ["parallel={tensor: 2, pipeline: 2, virtual_pipeline: 2, sequence_parallel: true}"]
     )
     assert loaded.parallel.virtual_pipeline == 2
 
 
 def test_the_tables_agree_with_the_types():
-    named = config.Objective.model_fields["name"].annotation.__args__
-    assert set(named) == set(config.OBJECTIVE_KEYS)
-    keys = {key for keys in config.OBJECTIVE_KEYS.values() for key in keys}
+    keys = {key for objective in OBJECTIVES.values() for key in objective.keys}
     assert keys == set(config.Objective.model_fields) - {"name"}
     assert set(config.Source.model_fields["format"].annotation.__args__) == set(FORMATS)
 
@@ -382,12 +383,12 @@ def test_the_tables_agree_with_the_types():
 # ---------------------------------------------------------------- packaged recipes, saving
 
 
-@pytest.mark.parametrize("name", config.packaged())
+@pytest.mark.parametrize("name", packaged())
 def test_packaged_recipes_load_and_survive_saving(name, tmp_path):
-    recipe = config.load(name)
+    recipe = load(name)
     saved = tmp_path / "saved.yaml"
     saved.write_text(recipe.dump())
-    assert config.load(str(saved)) == recipe
+    assert load(str(saved)) == recipe
     assert recipe.describe().startswith(f"objective  {recipe.objective.name}")
     for source in (*recipe.data.train, *recipe.data.validation):
         if "jsonl" in source.path and "mini" in name:
@@ -396,9 +397,9 @@ def test_packaged_recipes_load_and_survive_saving(name, tmp_path):
 
 def test_every_packaged_file_is_a_recipe_or_a_base():
     assert {"eurus-7b-sft", "eurus-70b-nca", "eurus-7b-rm", "mini-sft", "mini-nca", "mini-rm"} <= set(
-        config.packaged()
+        packaged()
     )
-    assert {name for name in ALL if not name.endswith("-base")} == set(config.packaged())
+    assert {name for name in ALL if not name.endswith("-base")} == set(packaged())
     for base in (name for name in ALL if name.endswith("-base")):
         assert "missing, and it has no default" in refusal(base)
 
@@ -406,8 +407,8 @@ def test_every_packaged_file_is_a_recipe_or_a_base():
 def test_the_papers_settings():
     """One epoch, cosine, warm-up 0.1; SFT 2e-5; preference 5e-7, beta 0.1, KTO ratio 1.33; RM 1e-5."""
     rates = {"sft": 2e-5, "dpo": 5e-7, "nca": 5e-7, "kto": 5e-7, "bt_dr": 1e-5}
-    for name in (name for name in config.packaged() if name.startswith("eurus")):
-        recipe = config.load(name)
+    for name in (name for name in packaged() if name.startswith("eurus")):
+        recipe = load(name)
         training, objective = recipe.training, recipe.objective
         assert (training.epochs, training.schedule, training.warmup) == (1, "cosine", 0.1)
         assert training.learning_rate == rates[objective.name]
@@ -421,13 +422,11 @@ def test_the_papers_settings():
 
 
 def test_saving_keeps_text_that_looks_like_something_else(recipe):
-    loaded = config.load(
-        recipe(), ["output='5e-7'", "model.path='true'", "tokenizer.chat_template='{{ a }}\n'"]
-    )
+    loaded = load(recipe(), ["output='5e-7'", "model.path='true'", "tokenizer.chat_template='{{ a }}\n'"])
     saved = recipe(name="saved.yaml", text=loaded.dump())
-    assert config.load(saved) == loaded
+    assert load(saved) == loaded
 
 
 def test_an_unknown_section_of_the_command_line_is_blamed_on_it():
     with pytest.raises(UserError, match=r"^command line: modle: unknown key; did you mean model\?"):
-        config.load("mini-sft", ["modle.path=x"])
+        load("mini-sft", ["modle.path=x"])

@@ -14,13 +14,13 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from silva.engine.config import Parallel
-from silva.engine.data import packing
-from silva.engine.data.chat import TokenSequence
-from silva.engine.data.group import ABSENT, TokenGroup
-from silva.engine.data.row_share import share_of
-from silva.engine.data.tree import Tree, merge
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees import packing
+from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.row_share import share_of
+from silva.engine.data.trees.tree import Tree, merge
 from silva.engine.model import gpt, hf
+from silva.engine.recipe.schema import Parallel
 
 VOCABULARY = 251  # odd: every tensor-parallel layout pads it
 KINDS: dict[str, dict[str, Any]] = {

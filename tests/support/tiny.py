@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from silva.engine.config import Recipe
+from silva.engine.recipe.schema import Recipe
 from silva.recipes.mini.make_model import make
 
 MINI = Path(__file__).resolve().parents[2] / "recipes" / "mini"

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from worlds import world
 
-from silva.engine import trainer
+from silva.engine.training import trainer
 from silva.kernels import document_attention
 
 

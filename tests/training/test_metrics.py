@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from silva.engine.metrics import Journal, likelihood_sums, preference_sums, summarize
 from silva.engine.objectives import Preference
+from silva.engine.training.metrics import Journal, likelihood_sums, preference_sums, summarize
 
 
 def test_sums_and_means():

@@ -5,8 +5,8 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from silva.engine.data.messages import Conversation, root
-from silva.engine.data.parsed import answered
+from silva.engine.data.reading.messages import Conversation, root
+from silva.engine.data.reading.parsed import answered
 
 MOST_COMBINATIONS = 10  # correct times incorrect actions of an instruction that is augmented at all
 MOST_PAIRS = 9  # of one instruction

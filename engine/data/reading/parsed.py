@@ -6,11 +6,11 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from silva.engine.data.messages import BadRow, Conversation, Message, check, shared_prefix
+from silva.engine.data.reading.messages import BadRow, Conversation, Message, check, shared_prefix
 
 Kind = Literal["sequence", "comparison"]
 Pair = tuple[int | None, int | None]  # chosen, rejected; one side None is unpaired feedback
@@ -50,24 +50,6 @@ class Parsed:
             before = (*before[:shared], *(Message(role, content) for role, content in added))
             parsed.conversations.append(before)
         return parsed
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A reader and what is known of its rows.
-
-    kinds: the kinds of data it gives. needs, optional: the fields a row must and may have; "list.field" is a field
-        of a list's items, which `columns` can rename.
-    grouped: rows with the same `Parsed.group` are one tree.
-    turns: each row is a turn of its tree, and continues an action that another row rejects.
-    """
-
-    parse: Callable[[Mapping[str, Any], Kind], Parsed]
-    kinds: tuple[Kind, ...]
-    needs: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    grouped: bool = True
-    turns: bool = False
 
 
 def prompt_id(conversation: Conversation) -> str:

@@ -1,13 +1,14 @@
-"""One reader per row format: a row in, its conversations and comparisons out.
+"""Reads rows of every flat format: a row in, its conversations and comparisons out.
 
-A reader looks at one row only; `Parsed.group` says which rows belong to one tree, `formats.py` merges them.
+A reader looks at one row only; `Parsed.group` says which rows belong to one tree, `source.py` merges them. The readers
+of rows that hold a whole tree are in `tree_readers.py`, the table of all of them in `formats.py`.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from silva.engine.data.messages import (
+from silva.engine.data.reading.messages import (
     BadRow,
     Conversation,
     Message,
@@ -20,10 +21,7 @@ from silva.engine.data.messages import (
     shared_prefix,
     text,
 )
-from silva.engine.data.parsed import Format, Kind, Parsed, answered, best_against_rest, pair, prompt_id
-from silva.engine.data.tree_readers import NODE_FIELDS, mint, nodes, oasst
-
-__all__ = ["FORMATS", "Format", "Kind", "Parsed"]
+from silva.engine.data.reading.parsed import Kind, Parsed, answered, best_against_rest, pair, prompt_id
 
 _TREE_ID = re.compile(r"(?P<hash>.+)_(?P<depth>\d+)_(?P<turn>\d+)")
 
@@ -206,32 +204,3 @@ def gsm8k_solutions(row: Mapping[str, Any], kind: Kind) -> Parsed:
         return best_against_rest(base, scored, "no pair: the solutions are all correct or all incorrect")
     correct = [solution for solution, is_correct in scored if is_correct]
     return Parsed(prompt_id(base), correct, reason="no correct solution")
-
-
-FORMATS: dict[str, Format] = {
-    "ultrainteract_sft": Format(ultrainteract_sft, ("sequence",), ("parent_id", "instruction", "response")),
-    "ultrainteract_pair": Format(
-        ultrainteract_pair,
-        ("comparison",),
-        ("id", "parent_id", "trajectory", "chosen", "rejected"),
-        turns=True,
-    ),
-    "ultrafeedback": Format(ultrafeedback, ("comparison",), ("instruction", "completions")),
-    "ultrasafety": Format(ultrasafety, ("comparison",), ("instruction", "completions")),
-    "hh_rlhf": Format(hh_rlhf, ("comparison",), ("chosen", "rejected")),
-    "preference": Format(preference, ("comparison",), ("chosen", "rejected"), ("prompt",)),
-    "unpaired": Format(unpaired, ("comparison",), ("prompt", "completion", "label")),
-    "messages": Format(
-        conversation_messages, ("sequence",), (), ("messages", "conversations"), grouped=False
-    ),
-    "prompt_completion": Format(prompt_completion, ("sequence",), ("prompt", "completion"), ("system",)),
-    "gsm8k_solutions": Format(gsm8k_solutions, ("sequence", "comparison"), ("question",)),
-    "mint": Format(mint, ("sequence", "comparison"), ("prompt", "trajectories")),
-    "nodes": Format(
-        nodes,
-        ("sequence", "comparison"),
-        ("nodes",),
-        ("prompt", "comparisons", *(f"nodes.{name}" for name in NODE_FIELDS)),
-    ),
-    "oasst": Format(oasst, ("sequence", "comparison"), ("prompt",)),
-}

@@ -1,43 +1,31 @@
 """Reads a data source into groups: opens it, parses every row, merges the rows of one tree into one `Group`.
 
-The two steps stand apart so that rows can be parsed by one process and merged by others: `parse_row` needs one row,
-`assemble` all rows of the trees it is given. Rows of one tree (one `parent_id`, or the same prompt) need not be
-adjacent; `messages` rows are a group each.
+The two steps stand apart so that rows can be parsed by one process and merged by others: parsing needs one row, merging
+all rows of a tree. Rows of one tree (one `parent_id`, or the same prompt) need not be adjacent.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from silva.engine.data.augment import single_turn_pairs
-from silva.engine.data.files import Row, open_rows
-from silva.engine.data.messages import BadRow, Conversation, Message, root
-from silva.engine.data.readers import FORMATS, Format, Kind, Parsed
+from silva.engine.data.reading.augment import single_turn_pairs
+from silva.engine.data.reading.files import Row, open_rows
+from silva.engine.data.reading.formats import FORMATS
+from silva.engine.data.reading.messages import BadRow, Conversation, root
+from silva.engine.data.reading.parsed import Kind, Parsed
 from silva.engine.data.report import Report
 from silva.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from silva.engine.config import Source
-
-__all__ = [
-    "FORMATS",
-    "Comparison",
-    "Group",
-    "Message",
-    "Report",
-    "assemble",
-    "check_source",
-    "parse_row",
-    "read_groups",
-]
+    from silva.engine.recipe.schema import Source
 
 OnBadRow = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Indices into `Group.conversations`; one side None is unpaired feedback, for objective kto only."""
+    """Holds indices into `Group.conversations`; one side None is unpaired feedback, for objective kto only."""
 
     chosen: int | None
     rejected: int | None
@@ -46,7 +34,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Group:
-    """One tree: all sequences of one root instruction; `origin` is its first row, such as "train.jsonl:12".
+    """Holds one tree: all sequences of one root instruction; `origin` is its first row, such as "train.jsonl:12".
 
     Where there are comparisons, equal conversations are kept once; in SFT groups duplicates stay and count.
     """
@@ -57,139 +45,177 @@ class Group:
     origin: str
 
 
-def read_groups(source: "Source", *, kind: Kind, on_bad_row: OnBadRow, report: Report) -> Iterator[Group]:
-    """Reads one data source, all its groups in memory, in first-seen order (`messages` rows stream).
+class SourceReader:
+    """Reads one data source, whose format is settled here, once.
 
-    kind: "sequence" for SFT data (groups without comparisons), "comparison" for preference data.
-    on_bad_row: a malformed row either ends the reading or is counted in `report` and left out. Rows that are
-        well formed but teach nothing (only ties, nothing correct) are always counted and left out.
-    `source.limit` counts rows; `source.columns` maps the name a format needs to the name the file uses.
-    Raises UserError: at once for an unknown format, kind, column or path; while iterating for a malformed row
-        and for a source that gives no group at all.
+    Attributes:
+        format: of the source.
     """
-    form = check_source(source, kind)
-    rows = itertools.islice(open_rows(source.path, source.split), source.limit)
-    return _groups(rows, source, form, kind, on_bad_row, report)
 
+    def __init__(self, source: "Source", kind: Kind, on_bad_row: OnBadRow) -> None:
+        """
+        Args:
+            source: `source.limit` counts rows; `source.columns` maps the name a format needs to the name the file uses.
+            kind: "sequence" for SFT data (groups without comparisons), "comparison" for preference data.
+            on_bad_row: a malformed row either ends the reading, or is counted and left out. Rows that are well formed
+                but teach nothing (only ties, nothing correct) are always counted and left out.
 
-def _groups(
-    rows: Iterator[Row], source: "Source", form: Format, kind: Kind, on_bad_row: OnBadRow, report: Report
-) -> Iterator[Group]:
-    read = given = 0
+        Raises:
+            UserError: a format or a column that is not known, or a kind of data that the format does not give.
+        """
+        self.source, self.kind, self.on_bad_row = source, kind, on_bad_row
+        found = FORMATS.get(source.format)
+        if found is None:
+            raise UserError(
+                f"data source {source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}"
+            )
+        self.format = found
+        self._check()
+        # what `columns` renames, in the row itself and in the items of its lists
+        self._columns = {name: theirs for name, theirs in source.columns.items() if "." not in name}
+        self._inner: dict[str, dict[str, str]] = {}
+        for name, theirs in source.columns.items():
+            outer, dot, inner = name.partition(".")
+            if dot:
+                self._inner.setdefault(outer, {})[inner] = theirs
 
-    def parsed() -> Iterator[tuple[str, Parsed]]:
-        nonlocal read
+    def _check(self) -> None:
+        source, form, kind = self.source, self.format, self.kind
+        if kind not in form.kinds:
+            fitting = ", ".join(name for name, other in FORMATS.items() if kind in other.kinds)
+            gives = "sequences without comparisons" if kind == "comparison" else "comparisons"
+            raise UserError(
+                f"data source {source.path}: format {source.format} gives {gives}, this objective needs {kind}s; "
+                f"formats that give them: {fitting}"
+            )
+        known = (*form.needs, *form.optional)
+        unknown = [name for name in source.columns if name not in known]
+        if unknown:
+            raise UserError(
+                f"data source {source.path}: columns names {', '.join(unknown)}, but format {source.format} "
+                f"reads {', '.join(known)}; write columns as {{field of the format: field of the file}}"
+            )
+        if source.single_turn_pairs and not form.turns:
+            fitting = ", ".join(name for name, other in FORMATS.items() if other.turns)
+            raise UserError(
+                f"data source {source.path}: single_turn_pairs is made from trees of turns, format {source.format} "
+                f"has none; leave it out, or use {fitting}"
+            )
+
+    # ------------------------------------------------------------ rows
+
+    def rows(
+        self, report: Report, *, watch: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[str, Parsed]]:
+        """Open the source and yield (origin, row) of every row that teaches something.
+
+        Args:
+            report: counts the other rows.
+            watch: told the number of rows that were read, after each.
+
+        Raises:
+            UserError: the source cannot be opened (at once), or holds no row, a malformed row under `on_bad_row:
+                refuse`, or no row that can be used.
+        """
+        opened = open_rows(self.source.path, self.source.split)
+        return self._parsed(itertools.islice(opened, self.source.limit), report, watch)
+
+    def _parsed(
+        self, rows: Iterator[Row], report: Report, watch: Callable[[int], None] | None
+    ) -> Iterator[tuple[str, Parsed]]:
+        read = given = 0
         for row in rows:
             read += 1
-            found = parse_row(row, source, form, kind, on_bad_row, report)
-            if found is not None:
-                yield row.origin, found
+            parsed = self.parse(row, report)
+            if watch is not None:
+                watch(read)
+            if parsed is not None:
+                given += 1
+                yield row.origin, parsed
+        if not read:
+            raise UserError(f"data source {self.source.path}: it holds no rows")
+        if not given:
+            reasons = "; ".join(report.lines())
+            raise UserError(f"data source {self.source.path}: none of its {read} rows can be used: {reasons}")
 
-    for group in assemble(parsed(), source, form, kind, on_bad_row, report):
-        given += 1
-        yield group
-    if not read:
-        raise UserError(f"data source {source.path}: it holds no rows")
-    if not given:
-        reasons = "; ".join(report.lines())
-        raise UserError(f"data source {source.path}: none of its {read} rows can be used: {reasons}")
+    def parse(self, row: Row, report: Report) -> Parsed | None:
+        """Return what a row says; None, counted, where it says nothing that teaches.
 
-
-def check_source(source: "Source", kind: Kind) -> Format:
-    """The format of a source; raises UserError where its keys cannot be meant."""
-    form = FORMATS.get(source.format)
-    if form is None:
-        raise UserError(
-            f"data source {source.path}: unknown format {source.format!r}; known: {', '.join(FORMATS)}"
-        )
-    if kind not in form.kinds:
-        fitting = ", ".join(name for name, other in FORMATS.items() if kind in other.kinds)
-        gives = "sequences without comparisons" if kind == "comparison" else "comparisons"
-        raise UserError(
-            f"data source {source.path}: format {source.format} gives {gives}, this objective needs {kind}s; "
-            f"formats that give them: {fitting}"
-        )
-    known = (*form.needs, *form.optional)
-    unknown = [name for name in source.columns if name not in known]
-    if unknown:
-        raise UserError(
-            f"data source {source.path}: columns names {', '.join(unknown)}, but format {source.format} "
-            f"reads {', '.join(known)}; write columns as {{field of the format: field of the file}}"
-        )
-    if source.single_turn_pairs and not form.turns:
-        fitting = ", ".join(name for name, other in FORMATS.items() if other.turns)
-        raise UserError(
-            f"data source {source.path}: single_turn_pairs is made from trees of turns, format {source.format} "
-            f"has none; leave it out, or use {fitting}"
-        )
-    return form
-
-
-def parse_row(
-    row: Row, source: "Source", form: Format, kind: Kind, on_bad_row: OnBadRow, report: Report
-) -> Parsed | None:
-    """What a row says; None, counted, where it says nothing that teaches.
-
-    Raises UserError for a malformed row, unless `on_bad_row` is "skip": then it is counted too.
-    """
-    try:
-        parsed = form.parse(_fields(row, source, form), kind)
-    except BadRow as bad:
-        _refuse_or_count(bad, row.origin, source, on_bad_row, report)
-        return None
-    if not parsed.conversations:
-        report.skip(parsed.reason, row.origin)
-        return None
-    for entry, count in parsed.left_out.items():
-        report.add(entry, row.origin, count)
-    return parsed
-
-
-def assemble(
-    rows: Iterable[tuple[str, Parsed]],
-    source: "Source",
-    form: Format,
-    kind: Kind,
-    on_bad_row: OnBadRow,
-    report: Report,
-) -> Iterator[Group]:
-    """Merges rows into groups, in first-seen order.
-
-    rows: (origin, row) in reading order; all rows of a tree stand in one call, with those of other trees between.
-    Raises UserError for a row that does not fit its tree, unless `on_bad_row` is "skip": then it is counted.
-    """
-    trees: dict[str, _Tree] = {}
-    for origin, parsed in rows:
-        if not form.grouped:
-            yield Group(origin, parsed.conversations, [], origin)
-            continue
-        # Looked up before the tree is made, so that a malformed row leaves no empty group behind.
-        tree = trees.get(parsed.group) or _Tree(parsed, origin)
+        Raises:
+            UserError: a malformed row, unless `on_bad_row` is "skip": then it is counted too.
+        """
         try:
-            tree.add(parsed, origin, source.absolute)
+            parsed = self.format.parse(self._fields(row), self.kind)
         except BadRow as bad:
-            _refuse_or_count(bad, origin, source, on_bad_row, report)
-        else:
-            trees[parsed.group] = tree
-    for tree in trees.values():
-        if form.turns:
-            tree.check_turns(report)
-        if source.single_turn_pairs:
-            tree.add_single_turn_pairs(source)
-        yield tree.group
+            self._refuse_or_count(bad, row.origin, report)
+            return None
+        if not parsed.conversations:
+            report.skip(parsed.reason, row.origin)
+            return None
+        for entry, count in parsed.left_out.items():
+            report.add(entry, row.origin, count)
+        return parsed
 
+    def _fields(self, row: Row) -> dict[str, Any]:
+        """Rename a row's columns; a field that is null counts as absent (that is how Parquet pads)."""
+        if row.fields is None:
+            raise BadRow(row.problem, row.detail)
+        fields = _renamed(row.fields, self._columns)
+        for name, inner in self._inner.items():
+            if isinstance(fields.get(name), list):
+                fields[name] = [
+                    _renamed(item, inner) if isinstance(item, Mapping) else item for item in fields[name]
+                ]
+        missing = [name for name in self.format.needs if name not in fields]
+        if missing:
+            wanted, found = ", ".join(missing), ", ".join(row.fields) or "nothing"
+            raise BadRow(
+                f"the row has no {wanted}",
+                f"it has {found}; name it with columns: {{{missing[0]}: <file's field>}} or set another format",
+            )
+        return fields
 
-def _refuse_or_count(
-    bad: BadRow, origin: str, source: "Source", on_bad_row: OnBadRow, report: Report
-) -> None:
-    if on_bad_row == "refuse":
-        advice = "repair the row, or set data.on_bad_row=skip to count and leave out such rows"
-        raise UserError(f"{origin}: {bad} (format {source.format}); {advice}") from None
-    report.skip(bad.reason, origin)
+    # ------------------------------------------------------------ trees
+
+    def groups(self, rows: Iterable[tuple[str, Parsed]], report: Report) -> Iterator[Group]:
+        """Merge rows into groups, in first-seen order.
+
+        Args:
+            rows: (origin, row) in reading order; all rows of a tree, with those of other trees between.
+            report: counts the rows that do not fit their tree.
+
+        Raises:
+            UserError: such a row, unless `on_bad_row` is "skip".
+        """
+        trees: dict[str, _Tree] = {}
+        for origin, parsed in rows:
+            if not self.format.grouped:
+                yield Group(origin, parsed.conversations, [], origin)
+                continue
+            # Looked up before the tree is made, so that a malformed row leaves no empty group behind.
+            tree = trees.get(parsed.group) or _Tree(parsed, origin)
+            try:
+                tree.add(parsed, origin, self.source.absolute)
+            except BadRow as bad:
+                self._refuse_or_count(bad, origin, report)
+            else:
+                trees[parsed.group] = tree
+        for tree in trees.values():
+            if self.format.turns:
+                tree.check_turns(report)
+            if self.source.single_turn_pairs:
+                tree.add_single_turn_pairs(self.source)
+            yield tree.group
+
+    def _refuse_or_count(self, bad: BadRow, origin: str, report: Report) -> None:
+        if self.on_bad_row == "refuse":
+            advice = "repair the row, or set data.on_bad_row=skip to count and leave out such rows"
+            raise UserError(f"{origin}: {bad} (format {self.source.format}); {advice}") from None
+        report.skip(bad.reason, origin)
 
 
 class _Tree:
-    """A group while its rows arrive; finds equal conversations by their text."""
+    """Holds a group while its rows arrive; finds equal conversations by their text."""
 
     def __init__(self, parsed: Parsed, origin: str) -> None:
         self.group = Group(parsed.group, [], [], origin)
@@ -198,7 +224,7 @@ class _Tree:
         self._origins: list[str] = []  # of each comparison
 
     def add(self, parsed: Parsed, origin: str, absolute: bool) -> None:
-        """Adds one row's conversations; raises BadRow, changing nothing, if a comparison has another root."""
+        """Add one row's conversations; raises BadRow, changing nothing, if a comparison has another root."""
         if not parsed.comparisons:
             # UltraInteract_sft folds a branch's history into `instruction`: the roots of one tree may differ.
             self.group.conversations.extend(parsed.conversations)
@@ -213,7 +239,7 @@ class _Tree:
             self._origins.append(origin)
 
     def check_turns(self, report: Report) -> None:
-        """Counts the rows that continue an action which no row of their tree rejects.
+        """Count the rows that continue an action which no row of their tree rejects.
 
         They are used as they are: UltraInteract has no row for a turn whose correct action could not be sampled
         (the paper's appendix A.4).
@@ -226,13 +252,13 @@ class _Tree:
                 report.note("the trajectory continues an action that no row of its tree rejects", origin)
 
     def add_single_turn_pairs(self, source: "Source") -> None:
-        """Adds the pairs of actions of different turns, each as an answer to the instruction itself."""
+        """Add the pairs of actions of different turns, each as an answer to the instruction itself."""
         for pair in single_turn_pairs(self._pairs(), source.single_turn_seed):
             chosen, rejected = map(self._place, pair)
             self.group.comparisons.append(Comparison(chosen, rejected, source.absolute))
 
     def _pairs(self) -> list[tuple[Conversation, Conversation]]:
-        """(chosen, rejected) of comparisons that have both."""
+        """List (chosen, rejected) of the comparisons that have both."""
         found = self.group.conversations
         return [
             (found[each.chosen], found[each.rejected])
@@ -245,32 +271,6 @@ class _Tree:
         if index == len(self.group.conversations):
             self.group.conversations.append(conversation)
         return index
-
-
-def _fields(row: Row, source: "Source", form: Format) -> dict[str, Any]:
-    """The row with its columns renamed; a field that is null counts as absent (that is how Parquet pads)."""
-    if row.fields is None:
-        raise BadRow(row.problem, row.detail)
-    outer = {name: theirs for name, theirs in source.columns.items() if "." not in name}
-    fields = _renamed(row.fields, outer)
-    for name in {name.partition(".")[0] for name in source.columns if "." in name}:
-        inner = {
-            field.partition(".")[2]: theirs
-            for field, theirs in source.columns.items()
-            if field.startswith(f"{name}.")
-        }
-        if isinstance(fields.get(name), list):
-            fields[name] = [
-                _renamed(item, inner) if isinstance(item, Mapping) else item for item in fields[name]
-            ]
-    missing = [name for name in form.needs if name not in fields]
-    if missing:
-        wanted, found = ", ".join(missing), ", ".join(row.fields) or "nothing"
-        raise BadRow(
-            f"the row has no {wanted}",
-            f"it has {found}; name it with columns: {{{missing[0]}: <file's field>}} or set another format",
-        )
-    return fields
 
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

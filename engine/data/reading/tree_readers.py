@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from silva.engine.data.messages import (
+from silva.engine.data.reading.messages import (
     BadRow,
     Conversation,
     Message,
@@ -23,7 +23,7 @@ from silva.engine.data.messages import (
     root,
     text,
 )
-from silva.engine.data.parsed import Kind, Parsed, best_against_rest, compared, prompt_id
+from silva.engine.data.reading.parsed import Kind, Parsed, best_against_rest, compared, prompt_id
 
 NODE_FIELDS = ("id", "parent", "role", "text", "correct", "rank", "score")
 ROOT = -1  # the parent of the root

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.chat_template import ChatTemplate, resolve
-from silva.engine.data.messages import Message
-from silva.engine.data.tokenizer_files import NAMES, LoadedTokenizer, load
+from silva.engine.data.reading.messages import Message
+from silva.engine.data.text.chat_template import ChatTemplate, resolve
+from silva.engine.data.text.tokenizer_files import NAMES, LoadedTokenizer, load
 from silva.engine.errors import UserError
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"))

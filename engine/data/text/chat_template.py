@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from silva.engine.data.messages import Message
+from silva.engine.data.reading.messages import Message
 from silva.engine.errors import UserError
 
 # Eurus' template. `[INST] {prompt} [/INST]` for user turns, then a space and the answer; the EOS stands

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.files import Row, open_rows
+from silva.engine.data.reading.files import Row, open_rows
 from silva.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from silva.engine.config import Decontaminate, EvaluationSet
+    from silva.engine.recipe.schema import Decontaminate, EvaluationSet
 
 # A word is a run of letters and digits; in scripts without spaces each character is one.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from silva.engine.data import sentencepiece_tokenizer
+from silva.engine.data.text import sentencepiece_tokenizer
 from silva.engine.errors import UserError
 
 NAMES = (

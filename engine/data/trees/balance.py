@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from silva.engine.data.splitting import Part, Size
+from silva.engine.data.trees.splitting import Part, Size
 
 TOLERANCE = 0.01  # the slowest rank is left alone when it is this near the mean
 PROBES = 6  # of the limit above which trees are cut
@@ -37,66 +37,6 @@ class CostModel:
 
 
 BY_TOKENS = CostModel(token=1.0, pair=0.0)
-
-
-def row_cost_model(
-    *,
-    hidden: int,
-    layers: int,
-    ffn: int,
-    heads: int,
-    head_dim: int,
-    kv_heads: int,
-    vocab: int,
-    scored: float = 0.5,
-) -> CostModel:
-    """The floating-point operations of a forward and a backward pass of a Llama-shaped model.
-
-    A weight takes 2 operations a token forward and 4 backward; a visible pair 4 `head_dim` a head forward (scores and
-    values) and 10 backward (the scores once more, and the gradients of probabilities, values, queries and keys).
-
-    Args:
-        scored: share of the tokens that are scored, which alone pass through the vocabulary's matrix.
-    """
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    weights = layers * (attention + 3 * hidden * ffn) + scored * hidden * vocab
-    return CostModel(token=6.0 * weights, pair=14.0 * layers * heads * head_dim)
-
-
-def fit_cost_model(tokens: ArrayLike, pairs: ArrayLike, seconds: ArrayLike) -> CostModel:
-    """The cost model nearest to measured rows by least squares, no coefficient below zero.
-
-    A constant time per row is fitted with it and left out: every rank has the same number of rows.
-
-    Args:
-        tokens, pairs, seconds: (n,) of each measured row.
-    """
-    columns = np.stack([np.asarray(tokens, float), np.asarray(pairs, float), np.ones(np.size(tokens))], 1)
-    scale = columns.max(0)
-    target = np.asarray(seconds, float)
-    best, least = np.zeros(3), np.inf
-    # with three columns the non-negative optimum is the best among the plain optima of all their subsets
-    for use in itertools.product([False, True], repeat=3):
-        found = np.zeros(3)
-        found[list(use)] = np.linalg.lstsq((columns / scale)[:, use], target, rcond=None)[0]
-        error = float(((columns / scale) @ found - target) @ ((columns / scale) @ found - target))
-        if (found >= 0).all() and error < least:
-            best, least = found / scale, error
-    return CostModel(token=float(best[0]), pair=float(best[1]))
-
-
-def tiles_visited(subtree_end: NDArray[np.int32], block_q: int, block_k: int) -> int:
-    """How many (block_q x block_k) tiles of a row's attention matrix hold a visible pair.
-
-    Args:
-        subtree_end: (S,) of a row; token i sees j iff `j <= i < subtree_end[j]`.
-    """
-    if not len(subtree_end):
-        return 0
-    first = np.arange(0, len(subtree_end), block_k)
-    # every key is seen by itself and on to its end, so the queries that see a block of keys are neighbours
-    last = np.maximum.reduceat(subtree_end, first).astype(np.int64) - 1
-    return int((last // block_q - first // block_q + 1).sum())
 
 
 def spread(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.chat import TokenSequence
+from silva.engine.data.text.chat import TokenSequence
 
 ABSENT = -1  # a comparison's missing side: unpaired feedback
 Ints = NDArray[np.int32]

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silva.engine.data.group import ABSENT
-from silva.engine.data.tree import Tree
+from silva.engine.data.trees.group import ABSENT
+from silva.engine.data.trees.tree import Tree
 
 
 @dataclass(slots=True)
@@ -120,3 +120,17 @@ def pack_row(
         span_start=int32(np.searchsorted(span, np.arange(sum(spans) + 1))),
         tree_start=int32(np.cumsum([(0, 0, 0), *counts], axis=0)),
     )
+
+
+def pack_rows(
+    rows: Sequence[Sequence[Piece]],
+    *,
+    multiple: int,
+    pad_id: int,
+    reference_logprob: NDArray[np.float32] | None = None,
+) -> list[TreeBatch]:
+    """Pack each row with `pack_row`."""
+    return [
+        pack_row(pieces, multiple=multiple, pad_id=pad_id, reference_logprob=reference_logprob)
+        for pieces in rows
+    ]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silva.engine.data.packing import TreeBatch, to_device
+from silva.engine.data.trees.packing import TreeBatch, to_device
 
 LARGEST_BLOCK = 128  # tokens: as many query rows as the attention kernels' largest tile has
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup
 
 Size = tuple[int, int]  # tokens of a tree, its visible pairs
 

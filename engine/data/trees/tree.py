@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup
 
 Ints = NDArray[np.int32]
 
@@ -78,7 +78,7 @@ class _Path:
         self.borders.append(index)
         self.length = length
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The tokens at depths [start, stop) as ranges of indices."""
         found = []
         k = bisect_right(self.depth, start) - 1
@@ -102,7 +102,7 @@ def merge(group: TokenGroup) -> Tree:
     index = np.arange(size, dtype=np.int32)
     parent = index - 1
     path = _Path(np.full(size, size, np.int32))
-    last, scored_pieces, pieces_of = [], [], []
+    last, scored_ranges, counts = [], [], []
     pointer, runs = group.run_pointer.tolist(), group.runs.tolist()
     for k, (start, shared, length) in enumerate(
         zip(begin.tolist(), group.shared.tolist(), group.length.tolist(), strict=True)
@@ -113,24 +113,24 @@ def merge(group: TokenGroup) -> Tree:
                 parent[start] = path.at(shared) - 1
             path.extend(start, length)
         last.append(path.at(length) - 1)
-        pieces = [piece for run in runs[pointer[k] : pointer[k + 1]] for piece in path.pieces(*run)]
-        scored_pieces += pieces
-        pieces_of.append(len(pieces))
+        own = [part for run in runs[pointer[k] : pointer[k + 1]] for part in path.ranges(*run)]
+        scored_ranges += own
+        counts.append(len(own))
 
-    ranges = np.array(scored_pieces, np.int64).reshape(-1, 2)
+    ranges = np.array(scored_ranges, np.int64).reshape(-1, 2)
     scored, starts = np.zeros((2, size + 1), bool)
-    for piece in scored_pieces:
-        scored[slice(*piece)] = True
+    for part in scored_ranges:
+        scored[slice(*part)] = True
     positions = np.flatnonzero(scored).astype(np.int32)
     starts[path.borders] = True
     starts[ranges] = True
     run = np.cumsum(starts)[positions]
     span = np.cumsum(np.diff(run, prepend=run[:1]) != 0, dtype=np.int32)
-    # a piece is scored throughout, so its spans are neighbours
+    # a range is scored throughout, so its spans are neighbours
     first, final = (span[np.searchsorted(positions, edge)] for edge in (ranges[:, 0], ranges[:, 1] - 1))
     spans = final - first + 1
     before = np.cumsum(spans) - spans
-    pointers = np.append(0, np.cumsum(spans))[np.cumsum([0, *pieces_of])]
+    pointers = np.append(0, np.cumsum(spans))[np.cumsum([0, *counts])]
     return Tree(
         tokens=group.tokens,
         position=index - np.repeat(begin - group.shared, added).astype(np.int32),

@@ -6,10 +6,11 @@ import random
 from collections import Counter
 
 import pytest
+import reading
 
-from silva.engine.config import Source
-from silva.engine.data.formats import Report, read_groups
+from silva.engine.data.report import Report
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Source
 
 
 def tree_rows(name, depth, rng=None, words=""):
@@ -43,7 +44,7 @@ def read(folder, rows, *, pairs=True, seed=0, **options):
         single_turn_seed=seed,
         **options,
     )
-    return list(read_groups(source, kind="comparison", on_bad_row="refuse", report=Report()))
+    return list(reading.groups(source, kind="comparison", on_bad_row="refuse", report=Report()))
 
 
 def conversation_pairs(group):
@@ -160,4 +161,4 @@ def test_single_turn_pairs_share_the_trees_sequences_and_its_absolute(tmp_path):
 def test_other_formats_have_no_turns(tmp_path):
     source = Source(path="x.jsonl", format="preference", single_turn_pairs=True)
     with pytest.raises(UserError, match=r"x\.jsonl: single_turn_pairs is made from .*use ultrainteract_pair"):
-        read_groups(source, kind="comparison", on_bad_row="refuse", report=Report())
+        reading.groups(source, kind="comparison", on_bad_row="refuse", report=Report())

@@ -9,21 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import reading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silva.engine.data.files import open_rows
-from silva.engine.data.formats import (
-    FORMATS,
-    Comparison,
-    Message,
-    Report,
-    assemble,
-    check_source,
-    parse_row,
-    read_groups,
-)
-from silva.engine.data.readers import Parsed
+from silva.engine.data.reading.files import open_rows
+from silva.engine.data.reading.formats import FORMATS
+from silva.engine.data.reading.messages import Message
+from silva.engine.data.reading.parsed import Parsed
+from silva.engine.data.reading.source import Comparison, SourceReader
+from silva.engine.data.report import Report
 from silva.engine.errors import UserError
 
 
@@ -52,7 +47,7 @@ def write(folder: Path, rows, name="rows.jsonl") -> str:
 def read(path, form, *, kind=None, on_bad_row="refuse", report=None, **options):
     kind = kind or ("sequence" if form in SEQUENCES else "comparison")
     source = Source(str(path), form, **options)
-    return list(read_groups(source, kind=kind, on_bad_row=on_bad_row, report=report or Report()))
+    return list(reading.groups(source, kind=kind, on_bad_row=on_bad_row, report=report or Report()))
 
 
 def user(text):
@@ -258,12 +253,12 @@ def test_shards_of_whole_trees_give_the_groups_of_one_reading(tmp_path, seed):
     path = write(tmp_path, scattered_rows(seed))
     source = Source(path, "ultrainteract_pair", absolute=True, single_turn_pairs=True)
     whole = Report()
-    expected = list(read_groups(source, kind="comparison", on_bad_row="skip", report=whole))
+    expected = list(reading.groups(source, kind="comparison", on_bad_row="skip", report=whole))
 
-    rules = (source, check_source(source, "comparison"), "comparison", "skip")
+    reader = SourceReader(source, "comparison", "skip")
     report, spooled = Report(), []
     for row in open_rows(path, "train"):
-        parsed = parse_row(row, *rules, report)
+        parsed = reader.parse(row, report)
         if parsed is not None:
             line = parsed.to_json().encode()
             assert b"\n" not in line
@@ -275,7 +270,7 @@ def test_shards_of_whole_trees_give_the_groups_of_one_reading(tmp_path, seed):
         reports.append(Report())
         shard = [(origin, Parsed.from_json(line)) for origin, line in spooled]
         shard = [(origin, parsed) for origin, parsed in shard if parsed.group in trees]
-        found += assemble(shard, *rules, reports[-1])
+        found += reader.groups(shard, reports[-1])
     assert sorted(found, key=lambda group: group.id) == sorted(expected, key=lambda group: group.id)
     random.Random(seed).shuffle(reports)
     merged = Report()
@@ -656,7 +651,9 @@ def test_rows_stream(tmp_path):
     """The first group is there before a later bad line is met."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": turns("q", "a")}) + "\n{\n")
-    groups = read_groups(Source(str(path), "messages"), kind="sequence", on_bad_row="refuse", report=Report())
+    groups = reading.groups(
+        Source(str(path), "messages"), kind="sequence", on_bad_row="refuse", report=Report()
+    )
     assert next(groups).origin == "rows.jsonl:1"
     with pytest.raises(UserError, match=r"rows\.jsonl:2: the line is not JSON"):
         next(groups)
@@ -755,7 +752,7 @@ def test_wrong_requests_are_refused_before_any_row_is_read(tmp_path):
     def ask(**changes):
         options = {"format": "preference", "kind": "comparison", "columns": {}} | changes
         source = Source(path, options["format"], columns=options["columns"])
-        return read_groups(source, kind=options["kind"], on_bad_row="refuse", report=Report())
+        return reading.groups(source, kind=options["kind"], on_bad_row="refuse", report=Report())
 
     with pytest.raises(UserError, match="unknown format 'csv'; known: ultrainteract_sft, ultrainteract_pair"):
         ask(format="csv")

@@ -8,11 +8,12 @@ import random
 from collections import Counter
 
 import pytest
+import reading
 
-from silva.engine.config import Source
-from silva.engine.data.formats import Report, read_groups
-from silva.engine.data.tree_readers import mint, nodes, oasst
+from silva.engine.data.reading.tree_readers import mint, nodes, oasst
+from silva.engine.data.report import Report
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Source
 
 
 def write(folder, rows):
@@ -23,7 +24,7 @@ def write(folder, rows):
 
 def read(path, form, kind="comparison", on_bad_row="refuse", report=None, **options):
     source = Source(path=str(path), format=form, **options)
-    return list(read_groups(source, kind=kind, on_bad_row=on_bad_row, report=report or Report()))
+    return list(reading.groups(source, kind=kind, on_bad_row=on_bad_row, report=report or Report()))
 
 
 def texts(conversation):

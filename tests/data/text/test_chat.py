@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from silva.engine.data.chat import ChatTokenizer
-from silva.engine.data.chat_template import EURUS
-from silva.engine.data.messages import Message
+from silva.engine.data.reading.messages import Message
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.data.text.chat_template import EURUS
 from silva.engine.errors import UserError
 
 CHATML = (

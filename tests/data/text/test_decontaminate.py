@@ -5,13 +5,14 @@ import json
 import random
 
 import pytest
+import reading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silva.engine.config import Decontaminate, EvaluationSet, Source
-from silva.engine.data.decontaminate import Decontaminator
-from silva.engine.data.formats import Report, read_groups
+from silva.engine.data.report import Report
+from silva.engine.data.text.decontaminate import Decontaminator
 from silva.engine.errors import UserError
+from silva.engine.recipe.schema import Decontaminate, EvaluationSet, Source
 
 
 def write(folder, questions, name="test.jsonl", field="question"):
@@ -173,7 +174,7 @@ def test_gsm8k_questions(shared_data):
     folder = shared_data / "gsm8k"
     decontaminator = built(folder / "test.jsonl.gz")
     source = Source(path=str(folder / "example_model_solutions.jsonl.gz"), format="gsm8k_solutions")
-    groups = read_groups(source, kind="comparison", on_bad_row="refuse", report=Report())
+    groups = reading.groups(source, kind="comparison", on_bad_row="refuse", report=Report())
     assert all(decontaminator.match(group.conversations[0][0].content) for group in groups)
 
     def grams(question):

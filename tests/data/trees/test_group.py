@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import random_models
 
-from silva.engine.data.chat import TokenSequence
-from silva.engine.data.group import ABSENT, TokenGroup, front_code
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import ABSENT, TokenGroup, front_code
 
 
 def sequences(random: np.random.Generator, count: int) -> list[TokenSequence]:

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silva.engine.data.chat import TokenSequence
-from silva.engine.data.group import ABSENT, TokenGroup
-from silva.engine.data.packing import Piece, pack_row
-from silva.engine.data.tree import merge
+from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.packing import Piece, pack_row
+from silva.engine.data.trees.tree import merge
 from silva.kernels.reference import sequence_sums
 
 

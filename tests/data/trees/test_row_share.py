@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import random_models
-import shapes
 import torch
 from forests import forests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silva.engine.data.packing import Piece, TreeBatch, pack_row
-from silva.engine.data.row_share import LARGEST_BLOCK, deal, share_of
-from silva.engine.data.tree import merge
+from benchmarks import ultrainteract
+from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
+from silva.engine.data.trees.row_share import LARGEST_BLOCK, deal, share_of
+from silva.engine.data.trees.tree import merge
 
 
 def padded(position: torch.Tensor, multiple: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def row_of_trees(size: int, seed: int) -> TreeBatch:
     """UltraInteract-shaped trees, as many as the row takes."""
     pieces: list[Piece] = []
     length = 0
-    for group in shapes.ultrainteract(64, seed=seed):
+    for group in ultrainteract.groups(64, seed=seed):
         tree = merge(group)
         if length + len(tree) <= size:
             none = np.zeros((0, 2), np.int32), np.zeros(0, bool)

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import random_models
-import shapes
 
-from silva.engine.data.group import TokenGroup
-from silva.engine.data.splitting import Part
+from benchmarks import ultrainteract
+from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.splitting import Part
 
 
 def whole(group: TokenGroup, needs: list[list[int]]) -> Part:
@@ -98,7 +98,7 @@ def least(group: TokenGroup, needs: list[list[int]], limit: int) -> int:
 @pytest.mark.parametrize("pairs", [False, True])
 def test_on_trees_of_the_papers_shape_hardly_any_partition_is_better(pairs):
     totals, ratios = np.zeros(2, int), []
-    for group in shapes.ultrainteract(100, seed=3, scale=0.1):
+    for group in ultrainteract.groups(150, seed=3, scale=0.1):
         needs = group.comparisons.tolist() if pairs else [[k] for k in range(len(group))][:8]
         largest = max(tokens(group, [need]) for need in needs)
         part = whole(group, needs)

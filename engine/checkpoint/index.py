@@ -1,0 +1,117 @@
+"""Reads what a checkpoint's folder says of itself: its name, `run.json`, and torch's index of what lies where.
+
+Nothing here touches a model. The index is a pickle, so it is read through a list of what may stand in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem
+
+from silva.engine.errors import UserError
+
+PREFIX = "step-"
+PARTIAL = ".partial"
+RUN = "run.json"  # what the run is, the step, and the size of every file
+INDEX = ".metadata"  # torch's, of what lies where in which file
+ELSE = "remove the checkpoint to go on from the one before it"
+
+# What torch's checkpoint index is made of. It is a pickle, so it is read through this list:
+# anything else in it is refused instead of run.
+_INDEX_MODULES = {
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+    "megatron.core.dist_checkpointing.strategies.torch",
+}
+_INDEX_NAMES = {
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("builtins", "list"),
+    ("builtins", "dict"),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _INDEX_NAMES or (module in _INDEX_MODULES and "." not in name)
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
+
+
+@contextlib.contextmanager
+def guarded_index() -> Iterator[None]:
+    """Have torch read a checkpoint's index through the allow-list while the block lasts.
+
+    Every release up to 2.13 loads it with `pickle.load`, and none offers another way.
+    """
+
+    def load(file: BinaryIO) -> Any:
+        return _IndexUnpickler(file).load()
+
+    patched: Any = filesystem
+    original = patched.pickle
+    patched.pickle = SimpleNamespace(load=load, dump=pickle.dump)
+    try:
+        yield
+    finally:
+        patched.pickle = original
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(p for p in folder.glob(f"{PREFIX}????????") if (p / RUN).is_file())
+
+
+def checked(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` says, if the checkpoint is this run's and whole. One rank looks; all raise what it found."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = _inspected(checkpoint, run)
+        except UserError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    saved: dict[str, Any] = found[0]
+    return saved
+
+
+def _inspected(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = json.loads((checkpoint / RUN).read_text())
+        files: dict[str, int] = saved["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint / 'run.json'}: is damaged ({error!r}); {ELSE}") from error
+    for key, value in run.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"{checkpoint}: belongs to another run ({key} was {saved.get(key)!r}, is {value!r}); "
+                "give the new run another `output`, or remove the folder to start again"
+            )
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {ELSE}")
+        if file.stat().st_size != size:
+            raise UserError(f"{file}: has {file.stat().st_size} bytes of {size}; {ELSE}")
+    try:
+        with (checkpoint / INDEX).open("rb") as stream:
+            _IndexUnpickler(stream).load()
+    # a damaged pickle raises whatever its bytes happen to mean
+    except Exception as error:
+        raise UserError(f"{checkpoint / INDEX}: is no index of a checkpoint ({error}); {ELSE}") from error
+    return saved

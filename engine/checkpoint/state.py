@@ -1,0 +1,105 @@
+"""Names what a checkpoint holds of a model and its optimizer, and reads it back on any layout."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import silva.engine.parallel  # noqa: F401  prepares megatron-core before it is imported
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint import CheckpointException
+
+from silva.engine.checkpoint import optimizer_state
+from silva.engine.checkpoint.index import ELSE, checked, guarded_index
+from silva.engine.errors import UserError
+from silva.engine.model.gpt import unwrapped
+
+
+def metadata() -> dict[str, Any]:
+    """How megatron-core names and cuts what is saved: so that it can be loaded on any other layout."""
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Drop `_extra_state` objects: they are empty without FP8 and would be read back by plain pickle."""
+    kept = {}
+    for key, value in state.items():
+        if isinstance(key, str) and key.endswith("_extra_state"):
+            continue
+        if isinstance(value, ShardedObject):
+            raise TypeError(f"checkpoint: {key} would be saved as a pickled object")
+        kept[key] = _without_extra_state(value) if isinstance(value, dict) else value
+    return kept
+
+
+def sharded(chunks: Sequence[Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    """optimizer: None leaves it out."""
+    names = metadata()
+    keys = ["model"] if len(chunks) == 1 else [f"model{k}" for k in range(len(chunks))]
+    state = {
+        key: _without_extra_state(unwrapped(chunk).sharded_state_dict(metadata=names))
+        for key, chunk in zip(keys, chunks, strict=True)
+    }
+    if optimizer is not None:
+        model = state["model"] if len(chunks) == 1 else dict(state)
+        state["optimizer"] = optimizer_state.sharded(model, optimizer, names, loading=loading)
+    return state
+
+
+def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str, Any]) -> int:
+    """Read a checkpoint into model and optimizer, on any layout. Returns the step that comes next. Collective.
+
+    Args:
+        optimizer: None reads the model alone; its chunks need no gradient buffers then.
+
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to a run of other data, another model or other settings of
+            the data.
+    """
+    saved = checked(checkpoint, run)
+    problem, cause = None, None
+    try:
+        with guarded_index():
+            state = dist_checkpointing.load(sharded(chunks, optimizer, loading=True), str(checkpoint))
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError, ValueError) as error:
+        why = reasons(error) if isinstance(error, CheckpointException) else _reason(error)
+        problem, cause = f"{checkpoint}: cannot be read ({why}); {ELSE}", error
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)  # not every release tells the others
+    for found in [problem, *problems]:
+        if found:
+            raise UserError(found) from cause
+    for k, chunk in enumerate(chunks):
+        key = "model" if len(chunks) == 1 else f"model{k}"
+        # strict=False: `_extra_state` was left out on purpose; parameters are checked by hand
+        missing, unexpected = unwrapped(chunk).load_state_dict(state[key], strict=False)
+        lost = [name for name in missing if not name.endswith("_extra_state")]
+        if lost or unexpected:
+            raise UserError(
+                f"{checkpoint}: does not hold this model: missing {lost}, unexpected {unexpected}"
+            )
+    if optimizer is not None:
+        optimizer_state.load(optimizer, state["optimizer"])
+    return int(saved["step"])
+
+
+def reasons(error: CheckpointException) -> str:
+    """Why ranks failed, on the first one: the others are told that some did."""
+    reasons = [f"rank {rank}: {_reason(reason[0])}" for rank, reason in sorted(error.failures.items())]
+    return "; ".join(reasons) or "see rank 0"
+
+
+def _reason(error: BaseException) -> str:
+    # torch's own text of several lines advises to load the file unsafely
+    unread = isinstance(error, pickle.UnpicklingError)
+    return "its bytes are not what was written" if unread else str(error).partition("\n")[0]

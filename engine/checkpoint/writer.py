@@ -1,0 +1,206 @@
+"""Writes a rank's part of a checkpoint, where megatron-core's own way would hang, copy too much or spawn.
+
+Every place where megatron-core's behaviour is replaced stands in this file. Releases up to 0.19.2 were read; "all"
+means that none of them ends the reason.
+
+====================================  =====================================================================  ==========
+replaced                              why                                                                    in releases
+====================================  =====================================================================  ==========
+filesystem_async._results_queue       a spawned manager process per rank, which imports the whole program    all
+                                      again: 12 s for a save of 1 s
+FileSystemWriterAsync                 copies every tensor of the host that is a part of a larger storage,    all
+.prepare_write_data                   all at once; an optimizer's state in host memory is
+AsyncRequest.async_fn                 forks a process for each file, and waits for ever if one of them is    0.16
+                                      killed; later ones write in threads, as is done here
+AsyncRequest.preload_fn               stages in page-locked memory, which torch rounds up to powers of two   all
+                                      and keeps, and which is not a forked process's own
+AsyncRequest.execute_sync             a barrier of ten minutes for the slowest writer                        all
+====================================  =====================================================================  ==========
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+import os
+import pickle
+import queue
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from silva.engine.parallel import groups
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, _disable_gc
+from torch import Tensor
+from torch.distributed.checkpoint import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import WriteItemType
+
+Write = Callable[[list[Any], int, list[Any], "Results"], None]
+
+
+def request(
+    folder: Path, state: dict[str, Any], content: dict[str, Any], write: Write, *, forked: bool
+) -> AsyncRequest:
+    """Make megatron-core's plan of who writes what, with our way to write it.
+
+    Args:
+        state: what to save, as megatron-core's `dist_checkpointing` takes it.
+        content: how the state is named and cut, kept beside it.
+        write: what writes; `write_files` unless a test looks on.
+        forked: whether a forked process writes it.
+    """
+    patched: Any = filesystem_async
+    patched._results_queue = Results()  # one for each save: nothing of a failed one is left in it
+    # later releases ask which library writes
+    library = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    options: dict[str, Any] = {"async_strategy": "mcore"} if library else {}
+    with _without_copies():
+        found: Any = dist_checkpointing.save(
+            state,
+            str(folder),
+            async_sharded_save=True,
+            content_metadata=content,
+            **options,
+        )
+    if found.async_fn is None:  # nothing to write on this rank
+        return found
+    transforms = found.async_fn.args[0]
+    buckets = found.async_fn_args[1]
+    return found._replace(
+        async_fn=partial(write, transforms), preload_fn=partial(_staged, buckets, forked=forked)
+    )
+
+
+@contextlib.contextmanager
+def _without_copies() -> Iterator[None]:
+    """Have megatron-core plan what is written without copying tensors of the host, while the block lasts.
+
+    A part of a larger storage is copied when it is its turn to be written.
+    """
+    patched: Any = filesystem_async.FileSystemWriterAsync
+    original = patched.prepare_write_data
+    patched.prepare_write_data = _planned
+    try:
+        yield
+    finally:
+        patched.prepare_write_data = original
+
+
+def _planned(writer: Any, plan: SavePlan, planner: SavePlanner) -> None:
+    """Stand in for `FileSystemWriterAsync.prepare_write_data`."""
+    library: Any = filesystem_async
+    buckets: list[Any] = []
+    for items in library._split_by_size_and_type(writer.thread_count, plan.items):
+        found: tuple[list[Any], list[Any]] = [], []
+        for item in items:
+            found[item.type != WriteItemType.BYTE_IO].append((item, planner.resolve_data(item)))
+        if items:
+            name = f"{plan.storage_data.prefix}{len(buckets)}{library.DEFAULT_SUFFIX}"
+            buckets.append((os.path.join(writer.checkpoint_dir, name), name, found))
+    writer.write_buckets = buckets
+    writer.results_queue = library._results_queue if buckets else None
+
+
+class _Parts(list[Any]):
+    """Lists (item, tensor) pairs; each tensor has a storage of its own, for as long as it is looked at."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for item, tensor in super().__iter__():
+            yield item, _whole(tensor)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Copy a part of a storage: torch would write all of it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _staged(buckets: list[Any], *, forked: bool) -> list[Any]:
+    """Stage what is written in host memory that is not page-locked; a forked writer sees it as it is now.
+
+    That process could not copy anything itself: torch's threads do not survive the fork.
+    """
+
+    def staged(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        if not forked:
+            return tensor
+        return tensor.clone() if tensor.is_pinned() else _whole(tensor)
+
+    return [
+        (path, name, (objects, _Parts([(item, staged(tensor)) for item, tensor in tensors])))
+        for path, name, (objects, tensors) in buckets
+    ]
+
+
+def execute(request: AsyncRequest) -> None:
+    """Write in this process; ranks that are done wait for hours for the others."""
+    if request.async_fn is not None:
+        rank, _, results = request.async_fn_args
+        request.async_fn(rank, request.preload_fn(), results)
+    groups.wait_for_all()
+    for finalize in request.finalize_fns:
+        finalize()
+
+
+@_disable_gc()  # in a forked writer it would free tensors of the GPU, which belong to the parent
+def write_files(transforms: list[Any], rank: int, buckets: list[Any], results: Results) -> None:
+    """Write this rank's files, in a thread each."""
+    if os.getpid() != results.owner:
+        end_with(results.owner)
+    answers: queue.Queue[Any] = queue.Queue()
+    tickets: queue.Queue[int] = queue.Queue()
+
+    def write(place: int) -> None:
+        tickets.put(place)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, place, buckets[place], answers, tickets, True
+        )
+
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        list(pool.map(write, range(len(buckets))))
+    found = dict(answers.get_nowait() for _ in buckets)
+    failed = [answer for answer in found.values() if isinstance(answer, Exception)]
+    results.put(failed[0] if failed else found)
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent ends.
+
+    A forked writer holds the GPU's memory for as long as it lives, and the run that is started again needs it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was faster
+            os._exit(1)
+
+
+class Results:
+    """Carries what was written from a rank's writer, a forked process or the rank itself, to the rank.
+
+    A pipe would block for ever once the results exceed its 64 KiB.
+    """
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the save
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Return the results, or an exception that says why there are none: megatron-core tells it to every rank."""
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError):
+            return RuntimeError("the process that wrote it was killed")

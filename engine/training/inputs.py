@@ -1,0 +1,198 @@
+"""Reads what a run trains on, before a weight is read: everything a user can get wrong is found here first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from silva.engine.parallel import groups
+
+from silva.engine.data import pipeline
+from silva.engine.data.dataset import DataSet, hold_out, prepare
+from silva.engine.data.encoding import Unit
+from silva.engine.data.loader import BatchLoader
+from silva.engine.data.report import Report
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.data.trees.balance import CostModel
+from silva.engine.errors import UserError
+from silva.engine.model import flops, gpt, hf, hf_export
+from silva.engine.model.hf_layout import ModelShape
+from silva.engine.objectives import OBJECTIVES, Objective
+from silva.engine.progress import say
+from silva.engine.recipe.schema import Recipe, Source
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Holds a run's model folder, tokenizer, data and batches.
+
+    Attributes:
+        folder: of the checkpoint that training starts from.
+        validation, validation_batches: None without validation data.
+        steps: optimizer steps of the whole run.
+    """
+
+    folder: Path
+    shape: ModelShape
+    tokenizer: ChatTokenizer
+    data: DataSet
+    validation: DataSet | None
+    batches: BatchLoader
+    validation_batches: BatchLoader | None
+    steps: int
+
+
+def read(recipe: Recipe) -> Inputs:
+    """Read shape, tokenizer and data of a recipe, and plan its batches. Collective.
+
+    Raises:
+        UserError: the model is of no known shape or does not fit the layout, tokenizer and model do not belong
+            together, or the data is unusable.
+    """
+    folder = hf.fetch(recipe.model.path)
+    shape = hf.read_shape(folder)
+    gpt.check_layout(shape, recipe.parallel)
+    tokenizer = load_tokenizer(recipe, folder)
+    if tokenizer.vocab_size > shape.vocab:
+        raise UserError(
+            f"{recipe.tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{recipe.model.path} only {shape.vocab}; they do not belong together"
+        )
+    data, validation = _read_data(recipe, tokenizer)
+    batches = batches_of(data, recipe, shape, training=True)
+    return Inputs(
+        folder=folder,
+        shape=shape,
+        tokenizer=tokenizer,
+        data=data,
+        validation=validation,
+        batches=batches,
+        validation_batches=batches_of(validation, recipe, shape, training=False) if validation else None,
+        steps=min(len(batches), recipe.training.max_steps or len(batches)),
+    )
+
+
+def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
+    """Load the recipe's tokenizer, by default the model's own."""
+    return ChatTokenizer.load(
+        recipe.tokenizer.path or str(model_folder),
+        chat_template=recipe.tokenizer.chat_template,
+        add_bos=recipe.tokenizer.add_bos,
+        append_eos=recipe.tokenizer.append_eos,
+    )
+
+
+def check_outputs(recipe: Recipe) -> None:
+    """Refuse before training what could not be written after it.
+
+    Raises:
+        UserError: an output is a file, lies where nothing can be written, or would replace somebody's folder.
+    """
+    for key, folder in (
+        ("output", Path(recipe.output)),
+        ("reference.cache", recipe.reference_cache),
+        ("export.path", recipe.export_path),
+    ):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise UserError(f"{key}: {folder} cannot be a folder, {there} is a file; choose another")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{key}: {folder} cannot be written, {there} allows no writing; choose another")
+    head = OBJECTIVES[recipe.objective.name].head
+    hf_export.check_target(recipe.export_path, head=head, reward_format=recipe.export.reward_format)
+
+
+def batches_of(data: DataSet, recipe: Recipe, shape: ModelShape, *, training: bool) -> BatchLoader:
+    """Cut data into this rank's global batches; without `training` once and in order."""
+    objective = OBJECTIVES[recipe.objective.name]
+    return BatchLoader(
+        data,
+        unit=_unit(objective),
+        global_batch=recipe.training.global_batch,
+        row_length=recipe.data.row_length,
+        epochs=recipe.training.epochs if training else 1,
+        shuffle=recipe.data.shuffle and training,
+        seed=recipe.seed,
+        mismatched=objective.needs_kl,
+        rank=groups.data_rank(),
+        ranks=groups.data_size(),
+        # interleaved pipelines take micro-batches by the number of stages
+        multiple=recipe.parallel.pipeline if recipe.parallel.virtual_pipeline else 1,
+        cost=_cost(recipe, shape, objective),
+    )
+
+
+def _unit(objective: Objective) -> Unit:
+    """Tell what a global batch is counted in."""
+    return "comparison" if objective.pairwise else "sequence"
+
+
+def _cost(recipe: Recipe, shape: ModelShape, objective: Objective) -> CostModel:
+    """Choose what data-parallel ranks are balanced by."""
+    pair = recipe.data.pair_cost
+    if pair is not None:
+        return CostModel(token=1.0, pair=pair)
+    return flops.row_cost(shape, objective.head)
+
+
+def _read_data(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[DataSet, DataSet | None]:
+    """Read training and validation data.
+
+    One process tokenizes what is not cached, then one on every node that does not see its files; the others map them.
+    """
+    found: tuple[DataSet, DataSet | None] | None = None
+    for my_turn in (groups.rank() == 0, groups.local_rank() == 0, True):
+        if my_turn and found is None:
+            found = _prepare(recipe, tokenizer)
+        groups.wait_for_all()
+    assert found is not None
+    return found
+
+
+def _prepare(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[DataSet, DataSet | None]:
+    settings, unit = recipe.data, _unit(OBJECTIVES[recipe.objective.name])
+    folders: list[Path] = []
+
+    def prepared(sources: Sequence[Source]) -> DataSet:
+        data, used = prepare(
+            sources,
+            tokenizer,
+            settings,
+            unit=unit,
+            cache=recipe.data_cache,
+            seed=recipe.seed,
+            say=say if groups.rank() == 0 else None,
+        )
+        folders.extend(used)
+        return data
+
+    data, held = prepared(settings.train), None
+    if settings.validation:
+        held = prepared(settings.validation)
+    elif settings.validation_fraction:
+        data, held = hold_out(data, settings.validation_fraction, recipe.seed)
+    if groups.rank() == 0:
+        _show(data, held, folders, unit, Path(recipe.output))
+    return data, held
+
+
+def _show(data: DataSet, held: DataSet | None, folders: Sequence[Path], unit: Unit, output: Path) -> None:
+    """Print what an epoch holds, and everything that was left out."""
+    left_out = Report()
+    contaminated: list[str] = []
+    for folder in folders:
+        left_out.merge(pipeline.report(folder))
+        contaminated += pipeline.decontaminated(folder)
+    for name, part in (("training", data), ("held out", held)):
+        if part is not None:
+            compared = f"{part.comparisons:,} comparisons, " if unit == "comparison" else ""
+            say(f"{name:<10} {compared}{part.sequences:,} sequences in {len(part):,} trees")
+    for line in left_out.lines():
+        say(f"           {line}")
+    if contaminated:
+        listing = output / "decontaminated.jsonl"
+        output.mkdir(parents=True, exist_ok=True)
+        listing.write_text("".join(line + "\n" for line in contaminated), encoding="utf-8")
+        say(f"           {len(contaminated)} instructions found in test sets: {listing}")

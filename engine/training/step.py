@@ -1,0 +1,197 @@
+"""Computes one optimizer step or one evaluation of a model, from the trees of a global batch to its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from silva.engine.parallel import groups
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from silva.engine import objectives
+from silva.engine.data.loader import GlobalBatch
+from silva.engine.data.trees.packing import Piece, TreeBatch, pack_rows
+from silva.engine.recipe.schema import Objective
+from silva.engine.training.metrics import likelihood_sums, preference_sums, summarize
+from silva.engine.training.passes import run_rows, sequence_values, share_from_last_stage
+from silva.kernels.preference_loss import PreferenceLoss, Structure, preference_loss
+from silva.kernels.preference_terms import TERMS
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Holds what a step has to know beside model, optimizer and objective.
+
+    Attributes:
+        objective: the recipe's section, of which the loss reads its keys.
+        multiple: of a row's tokens (`gpt.row_multiple`).
+        pad_id: the token of a row's padding.
+    """
+
+    objective: Objective
+    multiple: int
+    pad_id: int
+
+
+class Step:
+    """Runs a model's steps. Every method but `rows` and `count` is collective.
+
+    Attributes:
+        chunks: the model of this rank, one wrapped module per virtual pipeline stage.
+        optimizer: of `optimizer.build` over them.
+        objective: what is minimised; may be exchanged between two steps.
+        settings: see `StepSettings`.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        optimizer: Any,
+        objective: objectives.Objective,
+        settings: StepSettings,
+    ) -> None:
+        self.chunks, self.optimizer = list(chunks), optimizer
+        self.objective, self.settings = objective, settings
+
+    # ------------------------------------------------------------ of global batches
+
+    def update(
+        self, batch: GlobalBatch, reference: NDArray[np.float32] | None, *, rate: float
+    ) -> dict[str, float]:
+        """Take one optimizer step over a global batch; see `update_rows`.
+
+        Args:
+            reference: (sequences of the data set,) log-probs under the reference policy, if the objective needs them.
+        """
+        kl = self.divergence(batch, reference) if self.objective.needs_kl else None
+        rows = self.rows(batch.rows, reference)
+        return self.update_rows(rows, self.count(batch), rate=rate, kl=kl)
+
+    def evaluate(
+        self, batches: Iterable[GlobalBatch], reference: NDArray[np.float32] | None
+    ) -> dict[str, float]:
+        """Compute the metrics over all batches together, by forward passes alone; see `metrics.summarize`."""
+        total: Tensor | None = None
+        count = 0
+        for batch in batches:
+            kl = self.divergence(batch, reference) if self.objective.needs_kl else None
+            units = self.count(batch)
+            sums = self.pass_over(self.rows(batch.rows, reference), units, kl=kl, training=False)
+            total = sums if total is None else total + sums
+            count += units
+        return summarize(total, count) if total is not None else {}
+
+    def divergence(self, batch: GlobalBatch, reference: NDArray[np.float32] | None) -> Tensor:
+        """Estimate KTO's KL: the mean log-ratio of all mismatched pairs of the global batch, one scalar.
+
+        Its collective lives here and not in the loss, which therefore does not change with layout or packing.
+        """
+        rows = self.rows(batch.mismatched, reference)
+        total = torch.zeros(1, dtype=torch.float64, device=groups.device())
+        for row, values in zip(rows, sequence_values(self.chunks, rows), strict=False):
+            total += (values.double() - row.reference_logprob.to(values.device).double()).sum()
+        return (share_from_last_stage(total)[0] / batch.mismatched_sequences).float()
+
+    def rows(
+        self, rows: Sequence[Sequence[Piece]], reference: NDArray[np.float32] | None = None
+    ) -> list[TreeBatch]:
+        """Pack this rank's rows of a global batch."""
+        return pack_rows(
+            rows, multiple=self.settings.multiple, pad_id=self.settings.pad_id, reference_logprob=reference
+        )
+
+    def count(self, batch: GlobalBatch) -> int:
+        """Count what the batch's loss is divided by; known without communication."""
+        counts = {"token": batch.scored, "comparison": batch.comparisons, "side": batch.sides}
+        return counts[self.objective.unit]
+
+    # ------------------------------------------------------------ of packed rows
+
+    def update_rows(
+        self, rows: Sequence[TreeBatch], count: int, *, rate: float, kl: Tensor | None = None
+    ) -> dict[str, float]:
+        """Take one optimizer step over this rank's packed rows.
+
+        Args:
+            rows: equally many on every data-parallel rank.
+            count: what the loss of all ranks' rows is divided by.
+            rate: the learning rate.
+            kl: of `divergence`, if the objective needs it.
+
+        Returns:
+            What `metrics.summarize` tells, "learning_rate", "gradient_norm" (before clipping) and, if the objective
+            needs it, "kl"; the same on every rank. The model has been updated whatever they are.
+        """
+        self.clear_gradients()
+        sums = self.pass_over(rows, count, kl=kl, training=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        _, norm, _ = self.optimizer.step()
+        values = summarize(sums, count)  # the step's one read-back: everything before is queued
+        values |= {"learning_rate": rate, "gradient_norm": float(norm)}
+        return values if kl is None else values | {"kl": float(kl)}
+
+    def clear_gradients(self) -> None:
+        """Fill the gradient buffers with zeros."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def pass_over(
+        self, rows: Sequence[TreeBatch], count: int, *, kl: Tensor | None = None, training: bool
+    ) -> Tensor:
+        """Run forward (and backward, with `training`) over this rank's packed rows.
+
+        Args:
+            rows, count, kl: as in `update_rows`.
+            training: whether gradients of loss / count are summed into the buffers.
+
+        Returns:
+            (8,) float64 sums over the rows of all ranks, in the order of `metrics.SUMS`; not divided by the count.
+        """
+
+        def loss(values: Tensor, row: TreeBatch) -> tuple[Tensor, Tensor]:
+            result = self.objective.preference(
+                values,
+                row.reference_logprob,
+                row.scored,
+                row.comparisons,
+                row.absolute,
+                kl,
+                self.settings.objective,
+            )
+            sums = (
+                preference_sums(result, row.comparisons)
+                if self.objective.pairwise
+                else likelihood_sums(result.loss)
+            )
+            return result.loss.sum() / count, sums
+
+        def fused(values: Tensor, row: TreeBatch) -> tuple[Tensor, Tensor]:
+            found = self._launch(values, row, kl)
+            return found.loss / count, found.sums
+
+        with torch.set_grad_enabled(training):
+            return run_rows(
+                self.chunks,
+                rows,
+                loss,
+                training=training,
+                # a loss without a kernel of its own runs through autograd, on a GPU too
+                fused=fused if self.objective.name in TERMS else None,
+            )
+
+    def _launch(self, values: Tensor, row: TreeBatch, kl: Tensor | None) -> PreferenceLoss:
+        return preference_loss(
+            values,
+            Structure(*(getattr(row, name) for name in Structure._fields)),
+            self.objective.name,
+            reference_logprob=row.reference_logprob if self.objective.needs_reference else None,
+            kl=kl,
+            **{name: getattr(self.settings.objective, name) for name in self.objective.keys},
+        )
