@@ -10,12 +10,13 @@ TORCH_INDEX ?=
 PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 CONSTRAINED := --constraint requirements/constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint types map clean
 
 help:
 	@echo "make demo   train a small model on preference trees: SFT, NCA, reward model (about 5 minutes)"
 	@echo "make test   lint, types and all tests"
-	@echo "make lint   ruff and mypy alone"
+	@echo "make lint   ruff and mypy alone (make types: mypy)"
+	@echo "make map    write the map of every file in docs/architecture.md"
 	@echo "make clean  remove the virtual environment and everything built"
 
 demo: $(VENV)/ready
@@ -24,13 +25,18 @@ demo: $(VENV)/ready
 test: lint
 	$(PY) -m pytest
 
-lint: $(VENV)/ready
+lint: types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/ready
 	@# the folders are mapped to silva.* by setup.py; a type checker has to be shown them under that name
 	@mkdir -p build/typing/silva
 	@for folder in engine kernels recipes; do ln -sfn ../../../$$folder build/typing/silva/$$folder; done
 	cd build/typing && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p silva
+
+map: $(VENV)/ready
+	$(PY) tests/support/file_map.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,7 +1,7 @@
-"""Who computes attention over a packed row: Silva, and everything else that is installed.
+"""Computes attention over a packed row with Silva and with every other implementation that is installed.
 
-A peer that knows documents only gets the unrolled sequences, every leaf's path as a document of its own; on rows of
-plain documents that is the row itself.
+A peer that knows only documents gets the unrolled sequences: the path to every leaf is a document of its own. On rows
+of plain documents this is the row itself.
 """
 
 from __future__ import annotations
@@ -23,34 +23,45 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Row(NamedTuple):
-    """A packed row."""
+    """Holds a packed row of S tokens.
+
+    Attributes:
+        name: the kind of row.
+        end: (S,) int32, one past the last token of the subtree under each token.
+        position: (S,) int32, the depth of each token in its own tree.
+    """
 
     name: str
-    end: Tensor  # (S,) int32
-    position: Tensor  # (S,) int32
+    end: Tensor
+    position: Tensor
 
     @property
     def area(self) -> int:
-        """Visible (query, key) pairs."""
+        """Return the number of visible (query, key) pairs."""
         return int((self.position.long() + 1).sum())
 
 
 class Peer(NamedTuple):
-    """How a row is computed."""
+    """Holds one way to compute attention over a row.
+
+    Attributes:
+        attend: computes the output from queries, keys and values.
+        index: (T,) the row's tokens that `attend` is given, in its order; None where it is given the row as it is.
+    """
 
     attend: Attend
-    index: Tensor | None = (
-        None  # (T,) the row's tokens that it is given, in its order; None: the row as it is
-    )
+    index: Tensor | None = None
 
 
 def ours(row: Row, q: Tensor, k: Tensor) -> Peer:
+    """Prepare Silva's kernel for a row."""
     end = row.end.to(q.device)
     blocks = kernels.attention_blocks(end, group=q.shape[1] // k.shape[1], size=q.shape[2], dtype=q.dtype)
     return Peer(lambda q, k, v: kernels.tree_attention(q, k, v, end, blocks=blocks))
 
 
 def flex(row: Row, q: Tensor, k: Tensor, **options: Any) -> Peer:
+    """Prepare FlexAttention with the mask of a row."""
     import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -61,8 +72,9 @@ def flex(row: Row, q: Tensor, k: Tensor, **options: Any) -> Peer:
         return (j <= i) & (i < end[j])
 
     if q.is_cuda:
-        torch._dynamo.reset()  # beyond a few recompilations it silently runs without a kernel
-        # else its backward pass gives its buffers away and cannot be timed twice
+        # after a few recompilations FlexAttention silently runs without a kernel
+        torch._dynamo.reset()
+        # otherwise its backward pass gives its buffers away and cannot be timed twice
         torch._functorch.config.donated_buffer = False
     mask = create_block_mask(sees, None, None, size, size, device=str(q.device))
     attend: Any = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
@@ -75,7 +87,7 @@ def flex(row: Row, q: Tensor, k: Tensor, **options: Any) -> Peer:
 
 
 def sdpa(row: Row, q: Tensor, k: Tensor, backend: str) -> Peer:
-    """torch's own attention with one of its backends; of causal rows."""
+    """Prepare one backend of torch's own attention for a causal row."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,7 +99,7 @@ def sdpa(row: Row, q: Tensor, k: Tensor, backend: str) -> Peer:
 
 
 def one_by_one(row: Row, q: Tensor, k: Tensor) -> Peer:
-    """A call of torch's attention for every unrolled sequence."""
+    """Prepare one call of torch's attention for every unrolled sequence."""
     lengths, index = unrolled(row, q.device)
     parts = lengths.tolist()
 
@@ -102,7 +114,7 @@ def one_by_one(row: Row, q: Tensor, k: Tensor) -> Peer:
 
 
 def varlen(row: Row, q: Tensor, k: Tensor, make: Callable[[], Callable[..., Tensor]]) -> Peer:
-    """Variable-length attention over the unrolled sequences."""
+    """Prepare variable-length attention over the unrolled sequences."""
     attend = make()
     lengths, index = unrolled(row, q.device)
     starts = F.pad(lengths.cumsum(0), (1, 0)).int().to(q.device)
@@ -111,17 +123,21 @@ def varlen(row: Row, q: Tensor, k: Tensor, make: Callable[[], Callable[..., Tens
 
 
 def torch_varlen() -> Callable[..., Tensor]:
-    """FlashAttention-2 as torch carries it."""
+    """Return FlashAttention-2 as torch ships it."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters  # three releases, three ways to say causal
+    # three releases of torch have three ways to ask for causal attention
+    known = inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     causal |= {"enable_gqa": True} if "enable_gqa" in known else {}
     return lambda q, k, v, starts, longest: varlen_attn(q, k, v, starts, starts, longest, longest, **causal)
 
 
 def flash_attention(module: str) -> Callable[..., Tensor]:
-    """FlashAttention's own packages: 2 in flash_attn, 3 in flash_attn_interface, 4 in flash_attn.cute."""
+    """Return the variable-length attention of one of FlashAttention's own packages.
+
+    Version 2 is in flash_attn, version 3 in flash_attn_interface and version 4 in flash_attn.cute.
+    """
     attend = importlib.import_module(module).flash_attn_varlen_func
 
     def call(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
@@ -135,7 +151,11 @@ def flash_attention(module: str) -> Callable[..., Tensor]:
 
 
 def unrolled(row: Row, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(paths,) lengths on the CPU, and (sum,) the tokens of every leaf's path, one path behind the other."""
+    """Return the lengths and the tokens of the unrolled sequences.
+
+    Returns:
+        (paths,) the lengths, on the CPU, and (sum,) the tokens of every leaf's path, one path after the other.
+    """
     token = torch.arange(len(row.end))
     leaves = token[row.end == token + 1]
     paths = [((token <= leaf) & (leaf < row.end)).nonzero()[:, 0] for leaf in leaves]
@@ -147,11 +167,18 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 class Kind(NamedTuple):
-    """A peer and where it can be measured."""
+    """Describes a peer and where it can be measured.
+
+    Attributes:
+        make: prepares it for a row, its queries and its keys.
+        needs: the module that it needs.
+        gpu: whether it runs on GPUs only.
+        rows: the kinds of rows that it can compute.
+    """
 
     make: Callable[[Row, Tensor, Tensor], Peer]
-    needs: str = "torch"  # a module
-    gpu: bool = True  # it runs there only
+    needs: str = "torch"
+    gpu: bool = True
     rows: tuple[str, ...] = ("documents", "pairs", "trees", "mint", "causal")
 
 
@@ -179,6 +206,6 @@ PEERS = {
 
 
 def missing(name: str, device: torch.device) -> str | None:
-    """Why a peer cannot be measured, or None."""
+    """Return why a peer cannot be measured, or None."""
     kind = PEERS[name]
     return "runs on GPUs only" if kind.gpu and device.type != "cuda" else absent(kind.needs)

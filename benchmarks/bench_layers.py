@@ -1,10 +1,10 @@
-"""The fused layer operations (norm, rotary positions, SwiGLU) beside torch, torch.compile and Liger.
+"""Compares the fused layer operations (norm, rotary positions, SwiGLU) with torch, torch.compile and Liger.
 
     python -m benchmarks.bench_layers               on a GPU: one row of 8,192 tokens of a 7B model, bfloat16
-    python -m benchmarks.bench_layers --smoke       proves the benchmark, on tiny shapes (TRITON_INTERPRET=1 on a CPU
-                                                    runs the kernels themselves)
+    python -m benchmarks.bench_layers --smoke       tests the benchmark itself on tiny shapes (TRITON_INTERPRET=1 on a
+                                                    CPU runs the kernels themselves)
 
-Bytes counted are the fewest there are: inputs, outputs and gradients once each. Every result is first compared with
+Bytes are counted as the fewest possible: inputs, outputs and gradients once each. Every result is first compared with
 the float64 definition.
 """
 
@@ -24,11 +24,13 @@ from benchmarks.installed import absent
 from silva.kernels import layers, reference
 
 EPSILON = 1e-5
-# relative, in the norm: two or three roundings of 2^-9 each, twice that where the interpreter cuts off
+# relative, in the norm: it allows two or three roundings of 2^-9 each, and twice that where the interpreter truncates
 CLOSE = 1e-2
 
 
 class Size(NamedTuple):
+    """Holds the sizes of one row and of the model's layers."""
+
     tokens: int = 8192
     hidden: int = 4096
     heads: int = 32
@@ -41,7 +43,13 @@ SMOKE = Size(12, 40, 4, 2, 8, 24)
 
 
 class Run(NamedTuple):
-    """One way to compute an operation, on tensors of its own: some peers write into what they are given."""
+    """Holds one way to compute an operation, on tensors of its own, because some peers write into what they are given.
+
+    Attributes:
+        call: computes the outputs from the inputs.
+        inputs: of the operation.
+        grads: gradients of the outputs.
+    """
 
     call: Callable[..., Sequence[Tensor]]
     inputs: list[Tensor]
@@ -49,10 +57,20 @@ class Run(NamedTuple):
 
 
 class Operation:
-    """An operation, its inputs and everything that computes it."""
+    """Holds an operation, its inputs and everything that computes it.
+
+    Attributes:
+        name: of the operation.
+        passes: elements that the forward and the backward pass move, as multiples of one part of the inputs.
+        unit: the number of parts that the inputs consist of.
+        size: of the row and the layers.
+        device: of all tensors.
+        inputs: drawn at random.
+        grads: gradients of the outputs, drawn at random.
+    """
 
     name: str
-    passes: tuple[int, int]  # elements moved forward and backward, over those of the first input
+    passes: tuple[int, int]
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.size, self.device = size, device
@@ -64,28 +82,31 @@ class Operation:
         self.grads = [torch.randn(y.shape, device=device, dtype=dtype, generator=generator) for y in outputs]
 
     def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the inputs."""
         raise NotImplementedError
 
     def definition(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """In torch, any float type."""
+        """Compute the operation in torch, in any float type."""
         raise NotImplementedError
 
     def ours(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Compute the operation with Silva's kernels."""
         raise NotImplementedError
 
     def liger(self) -> Run:
+        """Return Liger's way to compute the operation."""
         raise NotImplementedError
 
     def bytes(self) -> tuple[float, float]:
-        """Forward, and forward and backward."""
+        """Return the bytes that the forward pass moves, and those that forward and backward pass move together."""
         size = sum(x.nbytes for x in self.inputs if x.dim() > 1)
         forward, backward = self.passes
         return size * forward / self.unit, size * (forward + backward) / self.unit
 
-    unit = 1  # parts that the first input consists of, which `passes` counts
+    unit = 1
 
     def run(self, peer: str) -> Run:
-        """As fresh tensors."""
+        """Return one peer's way to compute the operation, on fresh tensors."""
         calls = {
             "silva": self.ours,
             "torch": self.definition,
@@ -96,14 +117,15 @@ class Operation:
         return Run(made.call, inputs, [g.clone() for g in self.grads])
 
     def both(self, run: Run) -> list[Tensor]:
+        """Run the forward and the backward pass, and return the outputs and the gradients of the inputs."""
         outputs = run.call(*run.inputs)
         return [*outputs, *torch.autograd.grad(outputs, run.inputs, run.grads)]
 
     def check(self, peer: str) -> float:
-        """Largest relative error in the norm of outputs and gradients.
+        """Return the largest relative error, in the norm, of a peer's outputs and gradients.
 
         Raises:
-            SystemExit: it is more than rounding.
+            SystemExit: the error is more than rounding.
         """
         wide = [x.detach().double().requires_grad_() for x in self.inputs]
         outputs = self.definition(*wide)
@@ -119,34 +141,44 @@ class Operation:
         return error
 
     def joined(self, gradients: list[Tensor]) -> list[Tensor]:
-        """A peer's gradients as those of `inputs`."""
+        """Return a peer's gradients as those of `inputs`."""
         return gradients
 
 
 class Norm(Operation):
+    """Measures the RMS norm."""
+
     name, passes = "rms_norm", (2, 3)
 
     def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the hidden states and of the weight."""
         return [(self.size.tokens, 1, self.size.hidden), (self.size.hidden,)]
 
     def definition(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Compute the norm with the reference."""
         return [reference.rms_norm(*inputs, EPSILON)]
 
     def ours(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Compute the norm with Silva's kernel."""
         return [layers.rms_norm(*inputs, EPSILON)]
 
     def liger(self) -> Run:
+        """Return Liger's norm."""
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
         return Run(lambda x, w: [LigerRMSNormFunction.apply(x, w, EPSILON, 0.0, "llama", False)], self.inputs)
 
 
 class Rotary(Operation):
-    """Queries and keys of one layer; angles are at hand, as they are in every layer but the first."""
+    """Measures rotary positions on the queries and keys of one layer.
+
+    The angles are given, as they are in every layer but the first.
+    """
 
     name, passes = "rotary", (2, 2)
 
     def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of queries and keys, after making the positions and their angles."""
         size = self.size
         self.position = torch.arange(size.tokens, dtype=torch.int32, device=self.device) % 1000
         self.frequency = 1e4 ** -(torch.arange(0, size.head, 2, device=self.device) / size.head)
@@ -154,6 +186,7 @@ class Rotary(Operation):
         return [(size.tokens, heads, size.head) for heads in (size.heads, size.kv_heads)]
 
     def definition(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Rotate queries and keys by the definition."""
         cos, sin = (x[:, None] for x in self.angles)
         found = []
         for x in inputs:
@@ -163,9 +196,11 @@ class Rotary(Operation):
         return found
 
     def ours(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Rotate queries and keys with Silva's kernel."""
         return [layers.rotary(x, self.position, self.frequency, angles=self.angles) for x in inputs]
 
     def liger(self) -> Run:
+        """Return Liger's rotation."""
         from liger_kernel.ops.rope import LigerRopeFunction
 
         cos, sin = (torch.cat([x, x], -1)[None] for x in self.angles)
@@ -178,46 +213,48 @@ class Rotary(Operation):
 
 
 class SwiGLU(Operation):
+    """Measures SwiGLU."""
+
     name, passes, unit = "swiglu", (3, 5), 2
 
     def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shape of gate and up in one tensor."""
         return [(self.size.tokens, 1, 2 * self.size.ffn)]
 
     def definition(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Compute SwiGLU by its definition."""
         gate, up = inputs[0].chunk(2, -1)
         return [F.silu(gate) * up]
 
     def ours(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Compute SwiGLU with Silva's kernel."""
         return [layers.swiglu(*inputs)]
 
     def liger(self) -> Run:
-        """Gate and up are tensors of their own, as two projections give them."""
+        """Return Liger's SwiGLU, whose gate and up are tensors of their own, as two projections give them."""
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         return Run(lambda gate, up: [LigerSiLUMulFunction.apply(gate, up)], [*self.inputs[0].chunk(2, -1)])
 
     def joined(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Join the gradients of gate and up."""
         return [torch.cat(gradients, -1)]
 
 
 OPERATIONS: tuple[type[Operation], ...] = (Norm, Rotary, SwiGLU)
-PEERS = {
-    "silva": "triton",
-    "torch": "torch",
-    "torch.compile": "torch",
-    "Liger": "liger_kernel",
-}  # what each needs
+# each peer and the module that it needs
+PEERS = {"silva": "triton", "torch": "torch", "torch.compile": "torch", "Liger": "liger_kernel"}
 
 
 def missing(peer: str, device: torch.device) -> str | None:
-    """Why a peer cannot be measured, or None."""
+    """Return why a peer cannot be measured, or None."""
     if peer in ("torch.compile", "Liger") and device.type != "cuda":
         return "runs on GPUs only"
     return absent(PEERS[peer])
 
 
 def time_operation(operation: Operation, peers: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Medians of the peers in turns."""
+    """Return one row for each peer with its median times in milliseconds; the peers run in turns."""
     made = {name: operation.run(name) for name in peers}
     forward = {name: (lambda run=run: run.call(*run.inputs)) for name, run in made.items()}
     both = {name: (lambda run=run: operation.both(run)) for name, run in made.items()}
@@ -239,6 +276,7 @@ def time_operation(operation: Operation, peers: Sequence[str], repeats: int) -> 
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_layers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
@@ -247,7 +285,7 @@ def main() -> None:
     options = parser.parse_args()
     device = kernel_common.device()
     if device.type == "cpu" and not options.smoke:
-        raise SystemExit("no GPU here: --smoke is what a CPU can show")
+        raise SystemExit("no GPU found; on a CPU only --smoke runs")
     rows: list[dict[str, Any]] = []
     figures: dict[str, Any] = {"error": 0.0}
     for kind in OPERATIONS:

@@ -1,12 +1,13 @@
-"""Log-probs and both gradients from hidden states: time, TFLOP/s and memory beside what else does it.
+"""Measures log-probs and both gradients from hidden states (time, TFLOP/s, memory) beside other implementations.
 
     python -m benchmarks.bench_linear_logprob               on a GPU: all shapes in bfloat16
     python -m benchmarks.bench_linear_logprob --memory      anywhere: peak bytes against the logits path, measured on
                                                             small shapes and counted on those of 7B and 70B models
-    python -m benchmarks.bench_linear_logprob --smoke       proves the benchmark, on tiny shapes
+    python -m benchmarks.bench_linear_logprob --smoke       tests the benchmark itself on tiny shapes
 
-Counted operations: 2 L V H for the forward pass and 6 L V H for forward and backward, also of what computes logits
-twice. `products` are cuBLAS's own, without anything between them. Bytes are those beyond the inputs.
+For L positions, V vocabulary entries and hidden size H, operations are counted as 2 L V H for the forward pass and
+6 L V H for forward and backward pass together, also for what computes logits twice. `products` are cuBLAS's own,
+with nothing between them. Bytes are those beyond the inputs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from silva.engine.planning.meter import Meter
 from silva.kernels import linear_logprob as ours
 from silva.kernels import reference
 
+# (L, V, H)
 SHAPES = [
     (8192, 131_072, 4096),
     (8192, 32_000, 4096),
@@ -35,14 +37,23 @@ SHAPES = [
     (8192, 32_000, 8192),
     (8192, 4000, 8192),
 ]
-MEASURED = [(2048, 32_000, 128), (1024, 131_072, 64)]  # for a CPU, in float32
+# for a CPU, in float32
+MEASURED = [(2048, 32_000, 128), (1024, 131_072, 64)]
 SMOKE = [(60, 700, 32)]
-CHUNK = 1024  # positions of torch.compile's chunk
+# positions of one chunk of torch.compile's peer
+CHUNK = 1024
 Run = Callable[[], Any]
 
 
 class Problem:
-    """One shape's tensors and everything that is run on them."""
+    """Holds one shape's tensors and everything that is run on them.
+
+    Attributes:
+        hidden: (L, H), the hidden states.
+        weight: (V, H), the output matrix.
+        target: (L,) int64.
+        grad: (L,) float32, the gradient of the log-probs.
+    """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         positions, vocabulary, size = shape
@@ -54,36 +65,44 @@ class Problem:
         self.grad = torch.full((positions,), -1.0 / max(1, positions), device=device)
 
     def backward(self, loss: Tensor, grad: Tensor | None = None) -> list[Tensor]:
+        """Return the loss, detached, and its gradients of `hidden` and `weight`."""
         found = torch.autograd.grad(loss, (self.hidden, self.weight), grad)
         return [loss.detach(), *found]
 
     def forward(self) -> Tensor:
+        """Compute the log-probs with Silva's kernels."""
         with torch.no_grad():
             return ours.linear_logprob(self.hidden, self.weight, self.target)
 
     def both(self) -> list[Tensor]:
+        """Compute log-probs and both gradients with Silva's kernels."""
         return self.backward(ours.linear_logprob(self.hidden, self.weight, self.target), self.grad)
 
     def logits(self) -> list[Tensor]:
+        """Compute log-probs and both gradients from plain logits."""
         return self.backward(
             reference.linear_logprob(self.hidden, self.weight, self.target), self.grad.to(self.wide)
         )
 
     @property
     def wide(self) -> torch.dtype:
+        """Return the number type of the log-probs from plain logits: float32 at least."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
 
     def one_product(self) -> Tensor:
+        """Compute the product of the forward pass."""
         with torch.no_grad():
             return self.hidden @ self.weight.T
 
     def three_products(self) -> None:
+        """Compute the three products of the forward and the backward pass."""
         with torch.no_grad():
             slope = self.hidden @ self.weight.T
             slope @ self.weight
             slope.T @ self.hidden
 
     def compiled(self) -> list[Tensor]:
+        """Compute the loss and both gradients with torch.compile over chunks."""
         loss = sum(
             _compiled_chunk()(h, self.weight, t)
             for h, t in zip(self.hidden.split(CHUNK), self.target.split(CHUNK), strict=True)
@@ -91,17 +110,19 @@ class Problem:
         return self.backward(loss / self.hidden.shape[0])
 
     def liger(self) -> list[Tensor]:
+        """Compute the loss and both gradients with Liger."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return self.backward(LigerFusedLinearCrossEntropyLoss()(self.weight, self.hidden, self.target))
 
     def cce(self) -> list[Tensor]:
+        """Compute the loss and both gradients with CCE."""
         from cut_cross_entropy import linear_cross_entropy
 
         return self.backward(linear_cross_entropy(self.hidden, self.weight, self.target))
 
 
-# module that has to be there, and what is run
+# the module that has to be there, and what is run
 PEERS: dict[str, tuple[str, Callable[[Problem], list[Tensor]]]] = {
     "torch.compile, chunks": ("torch", Problem.compiled),
     "Liger": ("liger_kernel", Problem.liger),
@@ -110,15 +131,17 @@ PEERS: dict[str, tuple[str, Callable[[Problem], list[Tensor]]]] = {
 
 
 def missing(peer: str, device: torch.device) -> str | None:
-    """Why a peer cannot be measured, or None."""
+    """Return why a peer cannot be measured, or None."""
     return "runs on GPUs only" if device.type != "cuda" else absent(PEERS[peer][0])
 
 
 def agreement(problem: Problem, peer: str) -> float:
-    """Largest relative difference, in the norm, of a peer's gradients from ours, which `check` has judged.
+    """Return the largest relative difference, in the norm, between a peer's gradients and Silva's.
+
+    Silva's own gradients are validated by `check`.
 
     Raises:
-        SystemExit: it is more than rounding: some 2^-8 in bfloat16, twice or thrice.
+        SystemExit: the difference is more than rounding, which is some 2^-8 in bfloat16, two or three times.
     """
     pairs = zip(PEERS[peer][1](problem)[1:], problem.both()[1:], strict=True)
     apart = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
@@ -130,20 +153,21 @@ def agreement(problem: Problem, peer: str) -> float:
 @functools.cache
 def _compiled_chunk() -> Callable[..., Tensor]:
     def chunk(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        # checkpointed: without it every chunk's logits live until the backward pass
+        # without checkpointing every chunk's logits live until the backward pass
         def loss(h: Tensor, w: Tensor) -> Tensor:
             return torch.nn.functional.cross_entropy((h @ w.T).float(), target, reduction="sum")
 
         return torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
 
-    return torch.compile(chunk, dynamic=False)  # else it is compiled for any shape after the first
+    # otherwise torch compiles code for any shape as soon as it meets a second one
+    return torch.compile(chunk, dynamic=False)
 
 
 def check(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
-    """Largest error of log-probs and gradients against float64, relative to the largest element.
+    """Return the largest error of log-probs and gradients against float64, relative to the largest element.
 
     Raises:
-        SystemExit: it is more than rounding.
+        SystemExit: the error is more than rounding.
     """
     problem = Problem(shape, dtype, device)
     h, w = (x.detach().double().requires_grad_() for x in (problem.hidden, problem.weight))
@@ -154,7 +178,7 @@ def check(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device)
         float((a.double() - b.detach()).abs().max() / b.detach().abs().max())
         for a, b in zip(found, (value, *truth), strict=True)
     ]
-    # float32 sums in the log-probs; two roundings in the gradients
+    # the log-probs are float32 sums, and the gradients are rounded twice
     if errors[0] > 1e-5 or max(errors) > max(1e-5, 2 * torch.finfo(dtype).eps):
         raise SystemExit(f"wrong results at {shape}: errors {errors}")
     return max(errors)
@@ -167,7 +191,18 @@ def time_shape(
     repeats: int,
     peers: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Times and peak bytes; `peers`: of `PEERS`, default all that are installed, each behind its check."""
+    """Measure times and peak bytes of one shape.
+
+    Args:
+        shape: (L, V, H).
+        dtype: of hidden states and output matrix.
+        device: of all tensors.
+        repeats: timed runs of each implementation.
+        peers: names from `PEERS`; by default all that are installed, each after its check.
+
+    Returns:
+        One row for each implementation.
+    """
     problem = Problem(shape, dtype, device)
     if peers is None:
         peers = [name for name in PEERS if not missing(name, device)]
@@ -200,7 +235,10 @@ def time_shape(
 
 
 def counted(shape: tuple[int, int, int], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Bytes that live at once on a GPU, from the allocations of the code itself, on tensors without memory."""
+    """Count the bytes that live at once on a GPU.
+
+    They are counted from the allocations of the code itself, on tensors without memory.
+    """
     rows = []
     for name in ("forward", "both", "logits"):
         problem = Problem(shape, dtype, torch.device("meta"))
@@ -223,7 +261,7 @@ def counted(shape: tuple[int, int, int], dtype: torch.dtype) -> list[dict[str, A
 
 
 def measured(shape: tuple[int, int, int], device: torch.device) -> list[dict[str, Any]]:
-    """Peak memory of a real run, in float32."""
+    """Measure the peak memory of a real run, in float32."""
     problem = Problem(shape, torch.float32, device)
     peaks = {name: kernel_common.peak_bytes(getattr(problem, name)) for name in ("forward", "both", "logits")}
     gradients = {"forward": 0, "both": problem.hidden.nbytes + problem.weight.nbytes}
@@ -242,10 +280,12 @@ def measured(shape: tuple[int, int, int], device: torch.device) -> list[dict[str
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
     common.show(title, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_linear_logprob", description=__doc__)
     parser.add_argument("--memory", action="store_true", help="peak bytes instead of times")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
@@ -254,7 +294,7 @@ def main() -> None:
     options = parser.parse_args()
     device = kernel_common.device()
     if device.type == "cpu" and not (options.smoke or options.memory):
-        raise SystemExit("no GPU here: --memory and --smoke are what a CPU can show")
+        raise SystemExit("no GPU found; on a CPU only --memory and --smoke run")
     torch.set_num_threads(1) if device.type == "cpu" else None
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     figures: dict[str, Any] = {"error": check((252, 507, 123), dtype, device)}

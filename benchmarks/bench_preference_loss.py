@@ -1,12 +1,13 @@
-"""A preference loss and its gradient from per-position log-probs: one launch beside eager torch and torch.compile.
+"""Measures a preference loss and its gradient in one launch, beside eager torch and torch.compile.
 
     python -m benchmarks.bench_preference_loss              on a GPU
-    python -m benchmarks.bench_preference_loss --smoke      proves the benchmark, on tiny shapes (TRITON_INTERPRET=1
-                                                            on a CPU runs the kernel itself)
+    python -m benchmarks.bench_preference_loss --smoke      tests the benchmark itself on tiny shapes
+                                                            (TRITON_INTERPRET=1 on a CPU runs the kernel itself)
 
-Peers get log-probs as they want them: TRL's formula (sums of padded (2P, T) log-probs under a mask, then the sigmoid
-loss of its DPO trainer and metrics), eagerly and under torch.compile; the project's own definition over spans. Bytes
-counted: a log-prob read and a coefficient written per position, 8 L.
+All of them begin with per-position log-probs, which each peer gets in the form that it needs. TRL's formula sums
+padded (2P, T) log-probs under a mask, then computes the sigmoid loss of its DPO trainer and its metrics; it runs
+eagerly and under torch.compile. The project's own definition works on spans. Bytes are counted as 8 L: a log-prob is
+read and a coefficient is written for each position.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from silva.kernels.dispatch import runs_kernels
 from silva.kernels.preference_loss import PreferenceLoss, Structure, preference_loss
 from silva.kernels.reference import sequence_sums
 
-# comparisons, scored tokens of each side: the comparison with TRL, a row, a huge batch for the bandwidth
+# (comparisons, scored tokens of each side): for the comparison with TRL, for one row, and for the bandwidth
 SHAPES = [(256, 4096), (8, 1024), (8192, 4096)]
 SMOKE = [(3, 20)]
 BETA = 0.1
 
 
 class Pairs:
-    """Comparisons of two sequences that share nothing, each comparison a tree; one log-prob per position."""
+    """Holds comparisons of two sequences that share nothing.
+
+    Each comparison is a tree, and each position has one log-prob.
+    """
 
     def __init__(self, comparisons: int, length: int, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -59,13 +63,13 @@ class Pairs:
         self._compiled = torch.compile(self._trl_loss, dynamic=False)
 
     def ours(self) -> PreferenceLoss:
-        """The launch; what it gives is the loss and its gradient."""
+        """Launch the kernel, which gives the loss and its gradient."""
         return preference_loss(
             self.values, self.structure, "dpo", reference_logprob=self.reference, beta=BETA
         )
 
     def definition(self) -> Tensor:
-        """The project's torch definition, forward and backward."""
+        """Compute the gradient by the project's torch definition, forward and backward."""
         s = self.structure
         sums = sequence_sums(self.values, self.span, s.span_pointer, s.span_index)
         settings = Objective(name="dpo", beta=BETA)
@@ -75,7 +79,10 @@ class Pairs:
         return torch.autograd.grad(found.loss.sum(), self.values)[0]
 
     def _trl_loss(self, values: Tensor) -> Tensor:
-        """TRL 1.16's DPOTrainer.compute_loss from per-token log-probs on, chosen and rejected one after the other."""
+        """Compute what TRL 1.16's DPOTrainer.compute_loss computes from per-token log-probs on.
+
+        Chosen and rejected sequences alternate.
+        """
         sums = (values.view(self.shape) * self.mask).sum(1)
         chosen, rejected = sums[::2], sums[1::2]
         reference_chosen, reference_rejected = self.reference[::2], self.reference[1::2]
@@ -90,17 +97,19 @@ class Pairs:
         return loss
 
     def trl(self) -> Tensor:
+        """Compute the gradient by TRL's formula, eagerly."""
         return torch.autograd.grad(self._trl_loss(self.values), self.values)[0]
 
     def compiled(self) -> Tensor:
+        """Compute the gradient by TRL's formula under torch.compile."""
         return torch.autograd.grad(self._compiled(self.values), self.values)[0]
 
 
 def check(pairs: Pairs) -> float:
-    """Largest relative difference of the kernel's coefficients from float64's.
+    """Return the largest relative difference between the coefficients, the kernel's and TRL's, and those of float64.
 
     Raises:
-        SystemExit: it is more than float32's rounding of sums of the responses.
+        SystemExit: the difference is more than float32's rounding of sums over the responses.
     """
     exact = Pairs.__new__(Pairs)
     exact.__dict__ |= vars(pairs)
@@ -118,6 +127,7 @@ def check(pairs: Pairs) -> float:
 
 
 def time_shape(pairs: Pairs, repeats: int) -> list[dict[str, Any]]:
+    """Return one row for each implementation with its time, bandwidth and peak memory."""
     runs = {"TRL, eager": pairs.trl, "definition, eager": pairs.definition}
     if runs_kernels(pairs.values):
         runs = {"ours": pairs.ours} | runs
@@ -138,6 +148,7 @@ def time_shape(pairs: Pairs, repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_preference_loss", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--repeats", type=int, default=20)
@@ -145,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     device = kernel_common.device()
     if device.type == "cpu" and not options.smoke:
-        raise SystemExit("no GPU here: --smoke is what a CPU can show")
+        raise SystemExit("no GPU found; on a CPU only --smoke runs")
     if device.type == "cpu":
         torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

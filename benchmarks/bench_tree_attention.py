@@ -1,12 +1,12 @@
-"""Tree attention on packed rows: what the block lists cost and save (`--plan`, no GPU), and its speed on a GPU.
+"""Measures what the block lists of tree attention cost and save (`--plan`, no GPU), and its speed on a GPU.
 
     python -m benchmarks.bench_tree_attention --plan [--data FOLDER_OF_MINT_TREES TOKENIZER]
     python -m benchmarks.bench_tree_attention [--tune] [--out results.json]
 
-TFLOP/s count the products a query and a key it sees need, 4 D H forward and 10 D H backward, whoever computes them:
-a kernel that visits more, or unrolls trees into sequences, gets no credit for it. Nothing is timed before the
-kernel's output and gradients agree with float64 on a small row. `--smoke` runs the same code on tiny rows in
-Triton's interpreter.
+TFLOP/s count the products that a query and a key that it sees need, 4 D H forward and 10 D H backward (H heads of size
+D), for every peer. A kernel that visits more, or unrolls trees into sequences, gets no credit for it. Nothing is timed
+before the kernel's output and gradients agree with float64 on a small row. `--smoke` runs the same code on tiny rows
+in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gzip
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_common
+from benchmarks import kernel_common, ultrainteract
 from benchmarks.attention_peers import PEERS, Peer, Row, missing, ours
 from silva.kernels import tree_attention as kernels
 from silva.kernels import tree_attention_tiles, tree_blocks
@@ -32,15 +32,23 @@ from silva.kernels.reference import tree_attention as definition
 from silva.kernels.tree_attention_tiles import CANDIDATES, Problem, Tiles
 from silva.kernels.tree_blocks import FULL, SKIPPED
 
-REPEATS = 30  # of a time on a GPU
-Runs = list[tuple[int, int]]  # (length, depth of the token it hangs under); depth 0 begins a tree
+# timed runs of a peer on a GPU
+REPEATS = 30
+# (length, number of tokens above it) of each run; a run with none above it begins a tree
+Runs = list[tuple[int, int]]
 
 
 # ---------------------------------------------------------------- rows
 
 
 def row(name: str, runs: Runs, size: int) -> Row:
-    """Runs laid out depth-first, cut at `size` tokens, padded with tokens that see only themselves."""
+    """Lay out runs of tokens in a row.
+
+    Args:
+        name: the kind of row.
+        runs: in depth-first order.
+        size: tokens of the row; runs are cut there, and the rest is padded with tokens that see only themselves.
+    """
     position = np.concatenate([np.arange(depth, depth + length) for length, depth in runs])[:size]
     position = np.concatenate([position, np.zeros(size - len(position), position.dtype)])
     end = np.empty(size, np.int32)
@@ -52,24 +60,17 @@ def row(name: str, runs: Runs, size: int) -> Row:
     return Row(name, torch.from_numpy(end), torch.from_numpy(position.astype(np.int32)))
 
 
-def ultrainteract_tree(
-    random: np.random.Generator, depth: int = 0, turn: int = 0
-) -> Iterator[tuple[int, int]]:
-    """Runs of one tree: an instruction, pairs of actions, and under the incorrect one an observation and a pair."""
-    if turn == 0:
-        instruction = int(random.integers(200, 400))
-        yield instruction, depth
-        depth += instruction
-    yield int(random.integers(150, 350)), depth  # the correct action ends its branch
-    incorrect = int(random.integers(150, 350))
-    yield incorrect, depth
-    if turn < 4 and random.random() < 0.6:
-        observation = int(random.integers(100, 200))
-        yield observation, depth + incorrect
-        yield from ultrainteract_tree(random, depth + incorrect + observation, turn + 1)
+def ultrainteract_trees(size: int) -> Runs:
+    """Return the runs of as many synthetic UltraInteract trees with interaction as fill `size` tokens."""
+    found: Runs = []
+    # the mean tree has more than 2,000 tokens
+    for group in ultrainteract.groups(size // 1000 + 1):
+        found += zip((group.length - group.shared).tolist(), group.shared.tolist(), strict=True)
+    return [run for run in found if run[0]]
 
 
 def rows(size: int, mint: list[Runs]) -> list[Row]:
+    """Return a row of each kind: documents, pairs, trees, MINT's trees where they are given, and one causal text."""
     random = np.random.default_rng(0)
     many = range(size // 100 + 1)
     documents = [(int(random.integers(200, 2000)), 0) for _ in many]
@@ -83,7 +84,7 @@ def rows(size: int, mint: list[Runs]) -> list[Row]:
             (int(random.integers(100, 600)), prompt),
         ]
     ]
-    trees = [run for _ in many for run in ultrainteract_tree(random)]
+    trees = ultrainteract_trees(size)
     found = [row(n, r, size) for n, r in [("documents", documents), ("pairs", pairs), ("trees", trees)]]
     if mint:
         found.append(row("mint", [run for tree in mint for run in tree], size))
@@ -91,7 +92,7 @@ def rows(size: int, mint: list[Runs]) -> list[Row]:
 
 
 def mint_trees(folder: Path, tokenizer: Path) -> list[Runs]:
-    """Trees of multi-turn trajectories over one prompt, merged token by token."""
+    """Read trees of multi-turn trajectories over one prompt, merged token by token."""
     import sentencepiece
 
     encode = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode
@@ -109,7 +110,10 @@ def mint_trees(folder: Path, tokenizer: Path) -> list[Runs]:
 
 
 def merged(sequences: list[list[int]]) -> Runs:
-    """In sorted order a sequence shares with all before it what it shares with the one before."""
+    """Merge sorted sequences into the runs of one tree.
+
+    In sorted order, what a sequence shares with any sequence before it, it also shares with the one just before it.
+    """
     runs: Runs = []
     before: list[int] = []
     for sequence in sequences:
@@ -125,7 +129,11 @@ def merged(sequences: list[list[int]]) -> Runs:
 
 
 def plan(options: argparse.Namespace, mint: list[Runs]) -> dict[str, Any]:
-    """Tiles visited against tiles with a visible pair, counted from the mask itself."""
+    """Compare the tiles visited with the tiles that hold a visible pair, which are counted from the mask itself.
+
+    Returns:
+        The largest of each ratio.
+    """
     worst: dict[str, float] = {}
     print(
         f"{'row':28}{'kernel':16}{'tile':>8}{'visited/needed':>16}{'visited area/true':>19}{'full':>7}{'KiB':>8}"
@@ -155,6 +163,7 @@ def plan(options: argparse.Namespace, mint: list[Runs]) -> dict[str, Any]:
 
 
 def needed_tiles(end: Tensor, shape: tree_blocks.TileShape) -> int:
+    """Count the tiles that hold a visible pair."""
     j = torch.arange(len(end))
     width = -(-len(end) // shape.keys) * shape.keys
     count = 0
@@ -169,7 +178,13 @@ def needed_tiles(end: Tensor, shape: tree_blocks.TileShape) -> int:
 
 
 def check(options: argparse.Namespace, size: int) -> float:
-    """Largest error of output and gradients over that of torch in the same dtype, both against float64."""
+    """Return the largest error of output and gradients, divided by that of torch in the same dtype.
+
+    Both errors are against float64.
+
+    Raises:
+        SystemExit: the error is more than twice that of torch.
+    """
     packed = rows(size, [])[2]
     end = packed.end.to(options.device)
     q, k, v, grad = tensors(options, size)
@@ -192,6 +207,7 @@ def check(options: argparse.Namespace, size: int) -> float:
 
 
 def tensors(options: argparse.Namespace, size: int) -> list[Tensor]:
+    """Draw queries, keys, values and the gradient of the output, each (size, heads, head size) bfloat16."""
     generator = torch.Generator(options.device).manual_seed(0)
     heads = (options.heads, options.kv_heads, options.kv_heads, options.heads)
     make = {"generator": generator, "device": options.device, "dtype": torch.bfloat16}
@@ -199,9 +215,12 @@ def tensors(options: argparse.Namespace, size: int) -> list[Tensor]:
 
 
 class Truth:
-    """Silva's output and gradients of one row, which `check` has judged on a small one: what peers must agree with."""
+    """Holds Silva's output and gradients of one row, with which peers must agree.
 
-    # two results in bfloat16, each some 5e-3 from float64 in this norm
+    `check` has validated Silva's kernel on a small row.
+    """
+
+    # the results of both are in bfloat16, and each is some 5e-3 from float64 in this norm
     CLOSE = 2e-2
 
     def __init__(self, packed: Row, leaves: list[Tensor], grad: Tensor) -> None:
@@ -210,14 +229,14 @@ class Truth:
         self.results = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
     def compare(self, peer: Peer, *, backward: bool) -> float:
-        """Largest relative difference in the norm.
+        """Return the largest relative difference, in the norm, of a peer's output and gradients.
 
         Raises:
-            SystemExit: it is more than rounding.
+            SystemExit: the difference is more than rounding.
         """
         found, grad = [x.detach() for x in self.leaves], self.grad
         if peer.index is not None:
-            # of a token that stands in several sequences, the first one gets the gradient
+            # where a token is in several sequences, only the first of them gets the gradient
             order = torch.sort(peer.index, stable=True)
             first = torch.ones_like(peer.index, dtype=torch.bool)
             first[order.indices[1:]] = order.values[1:] != order.values[:-1]
@@ -239,15 +258,17 @@ class Truth:
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
+    """Return the median time of a call in milliseconds."""
     return kernel_common.milliseconds({"": call}, REPEATS if torch.cuda.is_available() else 1)[""]
 
 
 def measure(
     options: argparse.Namespace, packed: Row, name: str, peer: Peer, leaves: list[Tensor], grad: Tensor
 ) -> dict[str, Any]:
-    """Times of one peer on one row, forward and backward."""
+    """Measure the times of one peer on one row, forward and backward."""
     flops = 4 * options.size * options.heads * packed.area
-    backward = not (name == "flex" and not grad.is_cuda)  # it has none there, and says so in the forward
+    # on a CPU FlexAttention has no backward pass, and its forward pass says so
+    backward = not (name == "flex" and not grad.is_cuda)
     index = slice(None) if peer.index is None else peer.index
     leaves, grad = [x.detach()[index].requires_grad_(backward) for x in leaves], grad[index]
     found = {"row": packed.name, "tokens": len(packed.end), "who": name}
@@ -266,6 +287,7 @@ def measure(
 
 
 def show(found: dict[str, Any]) -> None:
+    """Print one measured row."""
     words = (f"{n}={v:.4g}" if isinstance(v, float) else f"{v!s:>15}" for n, v in found.items())
     print(" ".join(words), flush=True)
 
@@ -273,10 +295,10 @@ def show(found: dict[str, Any]) -> None:
 def compared(
     options: argparse.Namespace, packed: Row, name: str, truth: Truth, leaves: list[Tensor], grad: Tensor
 ) -> dict[str, Any]:
-    """Times of one peer, behind its check.
+    """Measure one peer after checking its result.
 
     Raises:
-        SystemExit: its result is another.
+        SystemExit: its result differs from Silva's.
     """
     peer = PEERS[name].make(packed, leaves[0], leaves[1])
     backward = grad.is_cuda or name != "flex"
@@ -285,6 +307,7 @@ def compared(
 
 
 def speed(options: argparse.Namespace, mint: list[Runs]) -> list[dict[str, Any]]:
+    """Measure every peer on every row that it can compute."""
     results = []
     for size in options.sizes:
         *leaves, grad = tensors(options, size)
@@ -299,7 +322,7 @@ def speed(options: argparse.Namespace, mint: list[Runs]) -> list[dict[str, Any]]
 
 
 def tune(options: argparse.Namespace) -> None:
-    """The fastest candidate of each kernel on trees, written where the kernels look for it."""
+    """Find the fastest candidate of each kernel on trees, and write it where the kernels look for it."""
     from triton.runtime.errors import OutOfResources
 
     packed = rows(options.sizes[-1], [])[2]
@@ -326,7 +349,7 @@ def tune(options: argparse.Namespace) -> None:
 
 
 def settings(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with what it leaves open."""
+    """Read the command line and fill in what it leaves open."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -350,6 +373,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
     options = settings(arguments)
     mint = mint_trees(*options.data) if options.data else []
     if options.plan:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: random checkpoints, sources on the command line, timing in turns, figures at the end."""
+"""Provides what the benchmarks share: random checkpoints, data sources, timing in turns, and printed figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from silva.engine.recipe.schema import Data, Source
 
 
 def source(text: str, **more: Any) -> Source:
-    """`path:format` or `path:format:field=column,...` as a recipe's data source.
+    """Read `path:format` or `path:format:field=column,...` as a recipe's data source.
 
     Raises:
         UserError: the text has another form, or format and columns are unknown to the recipe.
@@ -46,7 +46,7 @@ def source(text: str, **more: Any) -> Source:
 
 
 def label(text: str, taken: Collection[str]) -> str:
-    """A name for the data set of `source`'s text, that none of `taken` has."""
+    """Return a name for the data set of `source`'s text that is not among `taken`."""
     stem = re.sub(r"\W+", "_", Path(text.partition(":")[0]).name.split(".")[0]).strip("_") or "data"
     names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
     return next(name for name in names if name not in taken)
@@ -55,7 +55,7 @@ def label(text: str, taken: Collection[str]) -> str:
 def read(
     sources: Sequence[Source], tokenizer: ChatTokenizer, settings: Data, *, unit: Unit, cache: Path
 ) -> DataSet:
-    """Sources as a run reads them; prints what was left out, by reason."""
+    """Read sources as a run does, and print what was left out, by reason."""
     data, folders = prepare(sources, tokenizer, settings, unit=unit, cache=cache, seed=0)
     left_out = Report()
     for folder in folders:
@@ -66,7 +66,7 @@ def read(
 
 
 def synthetic(trees: Sequence[Tree], row_length: int) -> DataSet:
-    """Trees whose comparisons each fit a row; prints how many do not."""
+    """Return the trees whose comparisons each fit a row, and print how many do not."""
     drawn = [group(tree) for tree in trees]
     fitting = [
         g for g in drawn if all(g.merged_size(np.sort(pair))[0] <= row_length for pair in g.comparisons)
@@ -79,7 +79,7 @@ def synthetic(trees: Sequence[Tree], row_length: int) -> DataSet:
 
 
 def write_rows(path: Path, rows: Any) -> Path:
-    """Rows as JSON lines."""
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -93,9 +93,10 @@ def save_model(
     reward: bool = False,
     seed: int = 0,
 ) -> int:
-    """A random Llama checkpoint; its number of parameters.
+    """Save a random Llama checkpoint and return its number of parameters.
 
-    Feed-forward 8/3 of `hidden` in multiples of 64, heads of 64 or smaller, two query heads per key-value head.
+    The feed-forward size is 8/3 of `hidden` in multiples of 64. Heads have size 64 or smaller, and there are two query
+    heads per key-value head.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils.logging import disable_progress_bar
@@ -126,7 +127,10 @@ def save_model(
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times, one run of each after the other: what disturbs one disturbs all."""
+    """Return the seconds of each run, repeated in turns.
+
+    One run of each follows the other, `repeats` times, so that what disturbs one disturbs all.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -137,17 +141,17 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, l
 
 
 def between(ends: Sequence[float]) -> list[float]:
-    """Seconds from each end to the next."""
+    """Return the seconds from each end to the next."""
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """Median over repetitions of slow / fast, each pair measured one right after the other."""
+    """Return the median over repetitions of slow / fast, where both were measured one right after the other."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def environment(**more: object) -> dict[str, object]:
-    """What the figures depend on besides the code."""
+    """Return what the figures depend on besides the code."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -158,7 +162,7 @@ def environment(**more: object) -> dict[str, object]:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; numbers with four significant digits."""
+    """Print a table whose numbers have four significant digits."""
     table = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place == 0 else "right")
@@ -168,7 +172,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 def finish(figures: Mapping[str, object]) -> None:
-    """One key=value line per figure."""
+    """Print one key=value line per figure."""
     for name, value in figures.items():
         print(f"{name}={_plain(value)}")
 

@@ -1,10 +1,10 @@
-"""Reading and tokenizing a large preference data set: speed and memory.
+"""Measures speed and memory of reading and tokenizing a large preference data set.
 
     python -m benchmarks.data_pipeline [--copies 160] [--workers 2]
 
-The data is the shipped mini set, every row `--copies` times with another instruction each (160: 245K comparisons).
-The peer is what pair trainers do before their first step: transformers renders the chat template and tokenizes both
-sides of every row, here of a sample of rows, on one core, with the same tokenizer.
+The data are the shipped mini set, in which every row is repeated `--copies` times with another instruction each (160
+copies are 245K comparisons). The peer is what pair trainers do before their first step: transformers renders the chat
+template and tokenizes both sides of every row, here of a sample of rows, on one core, with the same tokenizer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from silva.engine.recipe.schema import Data, Source
 from silva.recipes.mini.make_model import make
 
 MINI = Path(__file__).resolve().parents[1] / "recipes" / "mini"
-CHECK_EVERY = 97  # trees
+# one in so many trees is checked
+CHECK_EVERY = 97
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description="Reading and tokenizing a large preference data set.")
     parser.add_argument("--copies", type=int, default=160, help="of the mini data set")
     parser.add_argument("--workers", type=int, default=2)
@@ -44,6 +46,7 @@ def main() -> None:
 
 
 def measure(folder: Path, copies: int, workers: int) -> None:
+    """Build the cache, check it, and print the figures."""
     model, cache = folder / "model", folder / "cache"
     make(MINI, model, seed=0)
     rows = write_rows(folder / "pair.jsonl", copies)
@@ -82,6 +85,7 @@ def measure(folder: Path, copies: int, workers: int) -> None:
 
 
 def write_rows(path: Path, copies: int) -> Path:
+    """Write every row of the mini data set `copies` times, with another instruction each."""
     with gzip.open(MINI / "pair.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     with path.open("w") as out:
@@ -99,7 +103,11 @@ def write_rows(path: Path, copies: int) -> Path:
 
 
 def peak_memory_of_building(job: pipeline.SourceTask, cache: Path, workers: int) -> tuple[int, int]:
-    """Builds the cache in a process of its own; peak KiB of that process and of its largest worker."""
+    """Build the cache in a process of its own.
+
+    Returns:
+        Peak KiB of that process, and of its largest worker.
+    """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
 
@@ -117,7 +125,11 @@ def peak_memory_of_building(job: pipeline.SourceTask, cache: Path, workers: int)
 
 
 def check(data: DataSet, source: Source, tokenizer: ChatTokenizer) -> None:
-    """Both sides of every comparison come back token by token, in every `CHECK_EVERY`-th tree."""
+    """Check that both sides of every comparison come back token by token, in every `CHECK_EVERY`-th tree.
+
+    Raises:
+        SystemExit: the cache holds other tokens.
+    """
     reader, report = SourceReader(source, "comparison", "refuse"), Report()
     groups = reader.groups(reader.rows(report), report)
     for k, group in enumerate(groups):
@@ -132,6 +144,7 @@ def check(data: DataSet, source: Source, tokenizer: ChatTokenizer) -> None:
 
 
 def peer_tokens_per_second(rows: Path, model: Path, sample: int = 1000) -> float:
+    """Return how many tokens per second the peer renders and tokenizes."""
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     with rows.open() as file:
         found = [json.loads(line) for _, line in zip(range(sample), file, strict=False)]

@@ -1,12 +1,12 @@
 """Tests and measures Silva on one NVIDIA GPU; started by `gpu.sh`, which prepares the imports.
 
     benchmarks/gpu.sh [--parts NAME ...] [--out FOLDER] [--minutes 8.7] [--again]
-    benchmarks/gpu.sh --smoke          the same code on a CPU with tiny sizes: proves the script, measures nothing
+    benchmarks/gpu.sh --smoke          the same code on a CPU with tiny sizes: tests the script, measures nothing
 
 Every part is a process of its own with a share of the time, and writes each line to FOLDER/results.json as soon as it
-is measured. What is there is not measured again, so a run that was cut short, or given other parts, is continued by
-the next one; `--again` forgets the named parts first. At the end FOLDER/results.md is made from the JSON, and the
-figures are printed as key=value.
+is measured. What is there is not measured again, so the next run continues one that was cut short or was given other
+parts; `--again` first forgets the named parts. At the end FOLDER/results.md is made from the JSON, and the figures are
+printed as key=value.
 """
 
 from __future__ import annotations
@@ -32,11 +32,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Part(NamedTuple):
+    """Describes one part of the measurements.
+
+    Attributes:
+        title: its heading on the page of results.
+        module: the module in `benchmarks` that runs it.
+        seconds: its share of the time, for an H100 that has compiled nothing yet.
+        interpreted: whether it runs in Triton's interpreter under --smoke.
+        on_cpu: whether it runs on the CPU whatever the machine has.
+    """
+
     title: str
     module: str
-    seconds: int  # its share of the time, of an H100 that has compiled nothing yet
-    interpreted: bool = False  # under --smoke, in Triton's interpreter
-    on_cpu: bool = False  # whatever the machine has
+    seconds: int
+    interpreted: bool = False
+    on_cpu: bool = False
 
 
 PARTS = {
@@ -48,14 +58,18 @@ PARTS = {
     "step": Part("A training step", "gpu_step", 115),
     "plan": Part("The planner's prediction beside the measurement", "gpu_plan", 20, on_cpu=True),
 }
-# import names of what the parts need beside the standard library
+# import names of what the parts need besides the standard library
 NEEDED = ("torch", "triton", "megatron.core", "transformers", "tokenizers", "sentencepiece", "google.protobuf",
           "huggingface_hub", "pyarrow", "safetensors", "filelock", "pydantic", "yaml", "jinja2", "numpy", "psutil",
           "rich", "pytest", "hypothesis")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 where a line failed; 2 after one line that says what is wrong with the request."""
+    """Run the parts.
+
+    Returns:
+        0; 1 where a line failed; 2 after one line that says what is wrong with the request.
+    """
     options = parsed(arguments)
     try:
         check_packages()
@@ -67,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"gpu: error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part's process is ended too
+    # a normal exit also ends the part's process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     unit = 60 * options.minutes / sum(PARTS[name].seconds for name in options.parts)
     share = 0.0
@@ -86,12 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
+    """Prints an error of the command line as one line."""
+
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
+        """Print one line, without the usage, and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = Parser(prog="gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME",
                         help=f"of: {', '.join(PARTS)}; default: all")  # fmt: skip
@@ -102,13 +120,18 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes: {options.minutes} is not above 0")
-    options.parts = [name for name in PARTS if name in options.parts]  # each once, in their order
+    # each part once, in the order of PARTS
+    options.parts = [name for name in PARTS if name in options.parts]
     options.out = (options.out or ROOT / "build" / ("gpu-smoke" if options.smoke else "gpu")).absolute()
     return options
 
 
 def check_packages() -> None:
-    """Raises UserError where something is not installed."""
+    """Check that everything that the parts need is installed.
+
+    Raises:
+        UserError: something is not installed.
+    """
     if missing := [name for name in NEEDED if absent(name)]:
         raise UserError(
             f"not installed: {', '.join(missing)}; without a network, fetch wheels elsewhere with `gpu.sh wheels "
@@ -117,7 +140,11 @@ def check_packages() -> None:
 
 
 def check_compiler() -> None:
-    """Raises UserError where Triton cannot build its launcher, for want of which every kernel would fail."""
+    """Check that Triton can build its launcher; without it every kernel would fail.
+
+    Raises:
+        UserError: the C compiler or Python's headers are missing.
+    """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not compiler:
@@ -127,10 +154,10 @@ def check_compiler() -> None:
 
 
 def begin(options: argparse.Namespace) -> None:
-    """Facts come from a process of its own: this one must hold no memory of the GPU.
+    """Begin a run, in a process of its own, because this one must hold no memory of the GPU.
 
     Raises:
-        UserError: there is no GPU, or the results lying there are another's.
+        UserError: there is no GPU, or the results in the folder are of another device.
     """
     command = [sys.executable, "-m", "benchmarks.gpu_session", str(options.out), *["--smoke"] * options.smoke]
     found = subprocess.run(
@@ -141,6 +168,7 @@ def begin(options: argparse.Namespace) -> None:
 
 
 def environment(name: str | None, options: argparse.Namespace) -> dict[str, str]:
+    """Return the environment variables for the process of a part, or for that of `begin` where `name` is None."""
     found = dict(os.environ)
     found.pop("TRITON_INTERPRET", None)
     part = PARTS[name] if name else None
@@ -152,7 +180,13 @@ def environment(name: str | None, options: argparse.Namespace) -> dict[str, str]
 
 
 def run(name: str, until: float, options: argparse.Namespace) -> None:
-    """One part, in as many processes as it takes, until a moment of the monotonic clock."""
+    """Run one part, in as many processes as it takes.
+
+    Args:
+        name: of the part.
+        until: the moment at which its time is up, in seconds of the monotonic clock.
+        options: the command line.
+    """
     part = PARTS[name]
     while True:
         left = until - time.monotonic()
@@ -172,12 +206,17 @@ def run(name: str, until: float, options: argparse.Namespace) -> None:
             last = [line for line in (options.out / "log.txt").read_text().splitlines() if line.strip()][-1:]
             record.add(name, "process", failed=f"{why}; log.txt ends: {' '.join(last)[:300]}")
         else:
-            record.drop(name, "process")  # that an earlier run was cut short there
+            # an earlier run may have been cut short there
+            record.drop(name, "process")
         return
 
 
 def ended(command: list[str], seconds: float, environment: dict[str, str], log: Path) -> int:
-    """The exit code; the process and its children are killed when their time is up or this one ends."""
+    """Run a command, and kill it and its children when their time is up or this process ends.
+
+    Returns:
+        The exit code; that of SIGKILL where the time was up.
+    """
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n== {' '.join(command)}\n")
         file.flush()
@@ -188,12 +227,13 @@ def ended(command: list[str], seconds: float, environment: dict[str, str], log: 
             return -signal.SIGKILL
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # also what it left behind
+                # this also ends what the process left behind
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
 
 
 def closing(record: Record, options: argparse.Namespace) -> int:
-    """Prints what is left undone, then the figures."""
+    """Print what is left undone, then the figures, and return the exit code."""
     entries = [entry for name in options.parts for entry in record.entries(name)]
     for why in ("missing", "failed"):
         for entry in entries:

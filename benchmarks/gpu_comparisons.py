@@ -1,6 +1,6 @@
-"""What the part "step" of `gpu.py` computes: UltraInteract-shaped comparisons and answers, as rows and as pairs.
+"""Makes what the part "step" of `gpu.py` computes: UltraInteract-shaped comparisons and answers, as rows and as pairs.
 
-Operations counted are those that a layout's own tokens need (`silva.engine.model.flops.needed`).
+Operations are counted as those that a layout's own tokens need (`silva.engine.model.flops.needed`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from silva.engine.parallel import groups  # noqa: F401  prepares megatron-core before anything imports it
+# this import comes first, because it prepares megatron-core
+from silva.engine.parallel import groups  # noqa: F401
 
 import numpy as np
 import torch
@@ -29,21 +30,32 @@ from silva.engine.model.hf_layout import ModelShape
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.planning.named_models import NAMED
 
-# standard deviation of a random model's logits: what weights drawn with 0.02 give at a hidden size of 4,096
+# standard deviation of a random model's logits: that of weights drawn with 0.02, at a hidden size of 4,096
 SPREAD = 1.28
 
 
 class Size(NamedTuple):
+    """Holds the sizes of the model and of the data.
+
+    Attributes:
+        shape: of the model.
+        row_length: most tokens of a row.
+        trees: trees of NCA, drawn from UltraInteract's interactive lines.
+        answers: trees of SFT, drawn from all of its lines.
+        scale: of all lengths.
+        repeats: timed steps of each layout.
+    """
+
     shape: ModelShape
     row_length: int
-    trees: int  # of NCA: UltraInteract's interactive lines
-    answers: int  # trees of SFT: all of its lines
-    scale: float  # of all lengths
+    trees: int
+    answers: int
+    scale: float
     repeats: int
 
 
-# Mistral-7B from its second version on, which has no window. With 8 of 32 layers there are 2.0e9 parameters: 34 GiB
-# with float32 gradients, main weights and moments, and some 10 GiB of activations of a row.
+# This is Mistral-7B from its second version on, which has no window. With 8 of 32 layers it has 2.0e9 parameters. They
+# take 34 GiB with float32 gradients, main weights and moments, and the activations of a row take some 10 GiB.
 FULL = Size(replace(NAMED["mistral-7b"], layers=8, window=None, rope_theta=1e6), 8192, 16, 24, 1.0, repeats=3)
 SMOKE = Size(
     ModelShape(
@@ -55,11 +67,17 @@ SMOKE = Size(
 
 
 class Counts(NamedTuple):
-    """Of one layout, without padding."""
+    """Holds the counts of one layout, without padding.
+
+    Attributes:
+        tokens: of all rows or sequences.
+        pairs: of a token and one that it sees, itself included.
+        scored: positions whose logits are needed.
+    """
 
     tokens: int
-    pairs: int  # a token and what it sees, itself included
-    scored: int  # positions whose logits are needed
+    pairs: int
+    scored: int
 
     def operations(self, shape: ModelShape) -> float:
         """Count the floating-point operations of a forward and a backward pass."""
@@ -67,12 +85,15 @@ class Counts(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Sequence[TreeBatch]) -> Counts:
-        real = [int(row.last.max()) + 1 for row in rows]  # the last token that is no padding ends a sequence
+        """Count what packed rows hold."""
+        # the last token that is not padding ends a sequence
+        real = [int(row.last.max()) + 1 for row in rows]
         pairs = sum(int((row.position[:n].long() + 1).sum()) for row, n in zip(rows, real, strict=True))
         return cls(sum(real), pairs, sum(len(row.target) for row in rows))
 
     @classmethod
     def of_sequences(cls, sequences: Sequence[TokenSequence]) -> Counts:
+        """Count what sequences hold, each computed alone."""
         lengths = [len(each.tokens) for each in sequences]
         return cls(
             sum(lengths),
@@ -83,43 +104,54 @@ class Counts(NamedTuple):
 
 @dataclass
 class Case:
-    """One objective's step: the same comparisons (answers) as rows of the engine and as pairs of sequences."""
+    """Holds one objective's step: the same comparisons (or answers) as rows of the engine and as pairs of sequences.
+
+    Attributes:
+        objective: its name.
+        rows: by layout.
+        pairs: sequences that are padded together, and their reference log-probs.
+        units: comparisons, or sequences for SFT.
+        sequences: the number of all sequences.
+        scored: scored tokens of all sequences.
+        unrolled: tokens of all sequences, each once.
+    """
 
     objective: str
-    rows: dict[str, list[TreeBatch]]  # by layout
-    pairs: list[tuple[list[TokenSequence], Tensor]]  # sequences that are padded together, their reference
-    units: int  # comparisons, or sequences for sft
+    rows: dict[str, list[TreeBatch]]
+    pairs: list[tuple[list[TokenSequence], Tensor]]
+    units: int
     sequences: int
-    scored: int  # scored tokens of all sequences
-    unrolled: int  # tokens of all sequences, each once
+    scored: int
+    unrolled: int
 
     def counts(self, layout: str) -> Counts:
-        """Of a layout of `rows`, or of the sequences as they are padded together."""
+        """Return the counts of a layout of `rows`, or of the sequences as they are padded together."""
         if layout in self.rows:
             return Counts.of_rows(self.rows[layout])
         return Counts.of_sequences([each for pair, _ in self.pairs for each in pair])
 
     def passes(self, layout: str) -> list[int]:
-        """Tokens of every forward pass, with padding."""
+        """Return the tokens of every forward pass, padding included."""
         if layout in self.rows:
             return [len(row.tokens) for row in self.rows[layout]]
         return [len(pair) * max(len(each.tokens) for each in pair) for pair, _ in self.pairs]
 
     @property
     def count(self) -> int:
-        """What the loss is divided by."""
+        """Return the number that the loss is divided by."""
         return self.units if OBJECTIVES[self.objective].pairwise else self.scored
 
 
 def nca(size: Size) -> Case:
+    """Make NCA's step, from interactive trees."""
     data = common.synthetic(
         ultrainteract.trees(size.trees, vocabulary=size.shape.vocab, scale=size.scale, only="interactive"),
         size.row_length,
     )
     members = [data.group(k) for k in range(len(data))]
     scored = np.concatenate([each.scored for each in members])
-    # Log-probs that a random model gives on average, so that no loss is saturated: its logits are normal, and the
-    # mean of their log-sum-exp is above log V by half their variance.
+    # The reference log-probs are those that a random model gives on average, so that no loss is saturated. Its logits
+    # are normally distributed, and the mean of their log-sum-exp is above log V by half their variance.
     expected = math.log(size.shape.vocab) + SPREAD**2 / 2
     reference = (-expected * scored).astype(np.float32)
     pairs = []
@@ -135,7 +167,7 @@ def nca(size: Size) -> Case:
 
 
 def sft(size: Size) -> Case:
-    """Correct actions as answers to their instructions, without what was tried before."""
+    """Make SFT's step: correct actions as answers to their instructions, without what was tried before."""
     found = []
     for tree in ultrainteract.trees(size.answers, vocabulary=size.shape.vocab, scale=size.scale):
         answers = tuple(((chosen[0], chosen[-1]), rejected) for chosen, rejected in tree.pairs)
@@ -166,7 +198,7 @@ def _packed(rows: Sequence[Sequence[Piece]]) -> list[TreeBatch]:
 
 
 def _documents(sequences: Sequence[TokenSequence], row_length: int) -> list[list[Piece]]:
-    """Every sequence a document of its own, rows filled first-fit decreasing."""
+    """Put sequences into rows, every one as a document of its own; rows are filled first-fit decreasing."""
     rows: list[list[Piece]] = []
     used: list[int] = []
     for each in sorted(sequences, key=lambda each: -len(each.tokens)):

@@ -1,4 +1,4 @@
-"""The parts of `gpu.py` that are about kernels: their tests on the GPU, and each benchmark beside its peers."""
+"""Runs the parts of `gpu.py` that are about kernels: their tests on the GPU, and each benchmark beside its peers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.gpu_session import Outcome, Session, begin
 from benchmarks.installed import absent
 
 ROOT = Path(__file__).resolve().parents[1]
-# files that launch kernels, and of each a few tests that take the interpreter no time
+# files that launch kernels, and for each file a few tests that take the interpreter little time
 TESTS = {
     "tree_attention": "scale_and_scores",
     "tree_blocks": "equal_shapes",
@@ -37,11 +37,12 @@ TESTS = {
     "layers": "far_from_zero",
     "products": "transposed",
 }
-# the rows that decide first; a GPU of 80 GB holds all of them
+# tokens of the rows that are measured; a GPU of 80 GB holds all of them
 SIZES = (8192, 16384)
-REPORTING = 12  # seconds that unfinished tests get to report what they have; xdist takes 7 to stop
+# seconds that unfinished tests get to report what they have; xdist takes 7 of them to stop
+REPORTING = 12
 NAMES = ("trees", "documents", "pairs", "causal")
-# what --smoke leaves of files and rows: every path through this module, in the time an interpreter takes
+# files and rows that --smoke keeps: they take every path through this module, and the interpreter little time
 SMOKE_TESTS, SMOKE_NAMES = ("tree_blocks", "layers"), ("trees", "causal")
 
 
@@ -49,7 +50,10 @@ SMOKE_TESTS, SMOKE_NAMES = ("tree_blocks", "layers"), ("trees", "causal")
 
 
 def tests(session: Session) -> None:
-    """Every file in a process of its own, all at once: nearly all of their time is compiling on the CPU."""
+    """Run every file of tests in a process of its own, all at once.
+
+    Nearly all of their time is compiling on the CPU.
+    """
     session.summarize(
         lambda rows: {f"tests_{key}": sum(r[key] for r in rows) for key in ("passed", "failed", "skipped")}
     )
@@ -69,7 +73,8 @@ def tests(session: Session) -> None:
                 time.sleep(0.1)
         finally:
             for child in running.values():
-                child.send_signal(signal.SIGINT)  # pytest then reports what it has
+                # pytest then reports what it has
+                child.send_signal(signal.SIGINT)
         for name, child in running.items():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, session.left - 1))
@@ -77,6 +82,7 @@ def tests(session: Session) -> None:
 
 
 def start(name: str, folder: Path, session: Session) -> subprocess.Popen[bytes]:
+    """Start the tests of one file."""
     command = [
         sys.executable,
         "-m",
@@ -90,14 +96,18 @@ def start(name: str, folder: Path, session: Session) -> subprocess.Popen[bytes]:
     if session.smoke:
         command += ["-k", TESTS[name]]
     elif not absent("xdist"):
-        # more processes than cores: the files end one after the other
+        # there may be more processes than cores, because the files end one after the other
         command += ["-n", str(max(1, len(os.sched_getaffinity(0)) // 3))]
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def cut(report: Path, name: str, began: float) -> Outcome:
-    """Of a file that was not finished."""
+    """Return the outcome of a file that was not finished.
+
+    Raises:
+        SystemExit: pytest has written no report.
+    """
     why = f"not finished after {time.monotonic() - began:.0f} s"
     if not report.exists():
         raise SystemExit(why)
@@ -106,10 +116,10 @@ def cut(report: Path, name: str, began: float) -> Outcome:
 
 
 def outcome(report: Path, name: str, began: float) -> Outcome:
-    """Counts of one file, and the names of the tests that failed.
+    """Return the counts of one file, and the names of the tests that failed.
 
     Raises:
-        SystemExit: it could not be collected.
+        SystemExit: the file could not be collected, or no test ran.
     """
     log = report.with_suffix(".log").read_text(errors="replace")
     sys.stderr.write(log)
@@ -136,6 +146,7 @@ def outcome(report: Path, name: str, began: float) -> Outcome:
 
 
 def tree_attention(session: Session) -> None:
+    """Measure tree attention."""
     smoke, device = session.smoke, kernel_common.device()
     command = ["--smoke"] if smoke else []
     options = attention.settings(command)
@@ -152,7 +163,7 @@ def tree_attention(session: Session) -> None:
 
 
 def attention_row(session: Session, options: argparse.Namespace, row: Row) -> None:
-    """One row, every peer that takes it."""
+    """Measure every peer that can compute a row."""
     *leaves, grad = attention.tensors(options, len(row.end))
     leaves = [x.requires_grad_() for x in leaves]
 
@@ -167,7 +178,7 @@ def attention_row(session: Session, options: argparse.Namespace, row: Row) -> No
 
 
 def attention_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Silva's speed over the best peer's, forward and backward together, on each row."""
+    """Return Silva's speed over the best peer's on each row, forward and backward together."""
     total: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
         if "backward_ms" in row:
@@ -185,6 +196,7 @@ def attention_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def linear_logprob(session: Session) -> None:
+    """Measure log-probs without logits."""
     device = kernel_common.device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     small = (25, 57, 13) if session.smoke else (252, 507, 123)
@@ -204,6 +216,7 @@ def linear_logprob(session: Session) -> None:
 
 
 def linear_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the time of the three products over that of Silva's log-probs, for the first shape."""
     times = [(row["shape"], row["what"], row["ms"]) for row in rows if "what" in row]
     first = {what: ms for shape, what, ms in times if shape == times[0][0]}
     return (
@@ -212,6 +225,7 @@ def linear_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def preference_loss(session: Session) -> None:
+    """Measure the preference loss."""
     device = kernel_common.device()
     session.summarize(preference_figures)
     for shape in preference.SMOKE if session.smoke else preference.SHAPES:
@@ -229,11 +243,13 @@ def preference_loss(session: Session) -> None:
 
 
 def preference_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the time of TRL's loss over that of Silva's, for the first shape."""
     first = {row["what"]: row["ms"] for row in rows if row["shape"] == rows[0]["shape"]}
     return {"preference_loss_times_faster_than_trl": first["TRL, eager"] / first["ours"]} if first else {}
 
 
 def fused_layers(session: Session) -> None:
+    """Measure norm, rotary positions and SwiGLU."""
     device = kernel_common.device()
     session.summarize(layer_figures)
     size = layers.SMOKE if session.smoke else layers.Size()
@@ -249,6 +265,7 @@ def fused_layers(session: Session) -> None:
 
 
 def layer_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return Silva's speed over the best peer's for each operation."""
     found = {}
     rows = [row for row in rows if "both_ms" in row]
     for name in dict.fromkeys(row["operation"] for row in rows):
@@ -260,7 +277,7 @@ def layer_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def agreeing(session: Session, peers: Any, missing: Any, title: str, check: Any) -> list[str]:
-    """The peers that are there and compute the same; the others stand in the record."""
+    """Return the peers that are installed and compute the same; put the others on record."""
     found = []
     for peer in peers:
         if why := missing(peer):

@@ -1,8 +1,8 @@
-"""The part of `gpu.py` that sets the planner's prediction beside the engine's measured steps; it needs no GPU.
+"""Compares the planner's prediction with the engine's measured steps, as a part of `gpu.py` that needs no GPU.
 
-For every row that the part "step" has recorded of the engine: the same model, layout and number of rows, their mean
-length for the time and the longest one for the memory. Causes are compared with the profiled groups of kernels: the
-planner counts the output matrix among the products, the groups have it under log-probs.
+For every row that the part "step" has recorded of the engine, the same model, layout and number of rows are predicted,
+with their mean length for the time and the longest one for the memory. Causes are compared with the profiled groups of
+kernels: the planner counts the output matrix among the products, the groups have it under log-probs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from silva.engine.parallel import groups  # noqa: F401  prepares megatron-core before anything imports it
+# this import comes first, because it prepares megatron-core
+from silva.engine.parallel import groups  # noqa: F401
 from silva.engine.parallel.forked import isolated_each
 
 import torch
@@ -27,7 +28,7 @@ from silva.engine.planning.memory import budget
 from silva.engine.planning.predict import padded
 from silva.engine.planning.step_time import Load, StepTime, micro_batches, step_time
 
-# what the planner spends time on, and the groups of kernels that it stands for
+# the causes of time in a plan, and the groups of kernels that each stands for
 CAUSES = {
     "products": ("products", "log-probs"),
     "attention": ("attention",),
@@ -37,11 +38,12 @@ CAUSES = {
 
 
 def plan(session: Session) -> None:
+    """Compare the planner's prediction with every recorded step of the engine."""
     rows = session.record.rows("step")
     steps = [row for row in rows if row["table"] == "steps" and row["attention"] == "silva"]
     shares = {(row["objective"], row["layout"]): row for row in rows if row["table"] == "kernels"}
     name = "h100-80g" if session.smoke else CARDS.get(session.record.data["device"])
-    # a prediction belongs to the rows that it stood beside
+    # a prediction belongs to the rows that it was compared with
     newest = max((entry["run"] for entry in session.record.entries("step")), default=0)
     if any(entry["run"] < newest for entry in session.record.entries("plan")):
         session.record.forget(["plan"])
@@ -59,6 +61,7 @@ def plan(session: Session) -> None:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return measured over predicted, for the time of a step and the memory of its tensors."""
     return {
         f"plan_{row['objective']}_{row['layout']}_{row['what'].replace(' ', '_')}": row["measured/predicted"]
         for row in rows
@@ -67,7 +70,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def lines(row: Row, share: Row | None, gpu: Gpu, smoke: bool) -> list[Row]:
-    """Seconds of a step by cause and GiB, each predicted and measured."""
+    """Return the seconds of a step by cause and its GiB, each predicted and measured."""
     mean, longest = (
         job(row["objective"], length, row["scored"] / row["tokens"], smoke)
         for length in (row["padded"] / row["rows"], row["longest"])
@@ -84,10 +87,17 @@ def lines(row: Row, share: Row | None, gpu: Gpu, smoke: bool) -> list[Row]:
 
 
 def job(objective: str, length: float, scored: float, smoke: bool) -> Job:
-    """What the part "step" ran, with rows of `length` tokens of which a share is scored."""
+    """Return what the part "step" ran as a job of the planner.
+
+    Args:
+        objective: of the step.
+        length: tokens of a row.
+        scored: share of the tokens that are scored.
+        smoke: whether the model is the one of smoke runs.
+    """
     size = SMOKE if smoke else FULL
     made = recipe(objective, size)
-    # the planner steps a row of equal sequences, so that its length is a multiple of their number
+    # the planner computes a row of equal sequences, so the row's length has to be a multiple of their number
     tokens = padded(round(length), made.parallel)
     return Job(
         shape=size.shape,
@@ -102,21 +112,24 @@ def job(objective: str, length: float, scored: float, smoke: bool) -> Job:
 
 
 def times(time: StepTime, row: Row, share: Row | None) -> list[dict[str, Any]]:
+    """Return a line for the seconds of the step, and one for each cause."""
     found = [beside("step", time.total, row["seconds"], "s")]
     for cause, kinds in CAUSES.items():
-        # with the profile's share of kernel time, so that the causes add up to the step that was timed without it
+        # the profile gives only shares of kernel time, so that the causes add up to the step timed without it
         measured = row["seconds"] * sum(share[f"{kind}_share"] for kind in kinds) if share else None
         found.append(beside(cause, getattr(time, cause), measured, "s"))
     return found
 
 
 def memory(stage: Stage, made: Job, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return lines for the GiB of the tensors and of the whole process."""
     found = budget(stage, 0, made, micro_batches(made, row["rows"]), Assumptions())
     lines = [beside("tensors", (found.total - found.reserve) / GIB, row["peak_GiB"], "GiB")]
     return [*lines, beside("whole process", found.total / GIB, row.get("device_GiB"), "GiB")]
 
 
 def beside(what: str, predicted: float, measured: float | None, unit: str) -> dict[str, Any]:
+    """Return a line with the prediction, the measurement and their ratio."""
     found: dict[str, Any] = {"what": what, "unit": unit, "predicted": predicted}
     if measured is None:
         return found | {"measured": "not measured", "measured/predicted": ""}

@@ -1,4 +1,4 @@
-"""Time of a run by groups of kernels, as torch's profiler sees them."""
+"""Measures the time of a run by groups of kernels, as torch's profiler sees them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# groups and the names they are known by: of a kernel, the operation that launched it, and all that this is part of
+# Groups and the names that they are known by. The names are those of a kernel, of the operation that launched it, and
+# of everything that this operation is part of.
 GROUPS = {
     "optimizer": r"\boptimizer\b",
     "log-probs": r"LinearLogProb|cross_entropy|nll_loss|log_softmax|LogSoftmax|NllLoss",
@@ -21,7 +22,9 @@ GROUPS = {
 
 
 def shares(run: Callable[[], object]) -> tuple[float, dict[str, float]]:
-    """Seconds that all kernels of a run take (on a CPU: all operations), and the share of each group in them.
+    """Return the seconds that all kernels of a run take, and the share of each group in them.
+
+    On a CPU these are operations instead of kernels.
 
     Raises:
         SystemExit: the profiler saw none.
@@ -42,7 +45,11 @@ def shares(run: Callable[[], object]) -> tuple[float, dict[str, float]]:
 
 
 def parts(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
-    """(names from the inside out, microseconds) of every kernel, or on a CPU of every operation without its parts."""
+    """Yield every kernel, or on a CPU every operation without its parts.
+
+    Yields:
+        (names from the inside out, one a line; microseconds).
+    """
     gpu, linked = torch.cuda.is_available(), 0.0
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
@@ -55,7 +62,8 @@ def parts(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
         if not gpu:
             yield "\n".join(names), event.self_cpu_time_total
         for kernel in event.kernels:
-            if kernel.name != event.name:  # a label's own stretch on the GPU has the label's name
+            # an event with the label's name is not a kernel: it is the label's own time span on the GPU
+            if kernel.name != event.name:
                 linked += kernel.duration
                 yield "\n".join([kernel.name, *names]), kernel.duration
     on_gpu = (
@@ -67,5 +75,6 @@ def parts(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
 
 
 def group_of(names: str) -> str:
+    """Return the group of a kernel or operation with these names."""
     found = (group for group, pattern in GROUPS.items() if re.search(pattern, names, re.MULTILINE))
     return next(found, "other")

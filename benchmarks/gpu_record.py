@@ -1,7 +1,7 @@
-"""The results file of `gpu.py`: every measured line as soon as it is measured, and the page made from it.
+"""Keeps the results file of `gpu.py`, every measured line as soon as it is measured, and makes the page from it.
 
-An entry is what was measured together: its part, its key, the run it was measured in, and either rows (one line of a
-table each), or why there are none: "missing" (a peer that is not installed) or "failed".
+An entry is what was measured together. It has its part, its key, the run that it was measured in, and either rows
+(each is one line of a table) or the reason why there are none: "missing" (a peer that is not installed) or "failed".
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from typing import Any
 from silva.engine.errors import UserError
 
 NAME, PAGE = "results.json", "results.md"
-GO_ON = 75  # exit code of a part's process that cannot go on where a fresh one can
+# exit code of a part's process that cannot go on although a fresh one can
+GO_ON = 75
 Row = Mapping[str, Any]
 
 
 class Record:
-    """`results.json` of a folder; one process at a time has it open.
+    """Holds `results.json` of a folder; one process at a time has it open.
+
+    Attributes:
+        folder: of the results.
+        path: of the file.
+        data: what the file holds.
 
     Raises:
         UserError: the folder cannot be written, or what lies there is no results file.
@@ -50,7 +56,16 @@ class Record:
             self.data = found
 
     def begin(self, facts: Mapping[str, Any], *, smoke: bool, device: str) -> None:
-        """Open a run; results of two devices, or of smoke and measurement, never stand in one file."""
+        """Open a run; results of two devices, or of smoke and measurement, never stand in one file.
+
+        Args:
+            facts: what results depend on besides the code.
+            smoke: whether it is a smoke run.
+            device: its name.
+
+        Raises:
+            UserError: the file holds results of another device, or smoke and measurement would be mixed.
+        """
         before = self.data["device"], self.data["smoke"]
         if before not in ((None, None), (device, smoke)):
             raise UserError(
@@ -63,26 +78,30 @@ class Record:
 
     @property
     def run(self) -> int:
+        """Return the number of the run that was opened last."""
         return len(self.data["runs"]) - 1
 
     def entries(self, part: str) -> list[dict[str, Any]]:
+        """Return the entries of a part."""
         return [entry for entry in self.data["entries"] if entry["part"] == part]
 
     def rows(self, part: str) -> list[dict[str, Any]]:
+        """Return the rows of all entries of a part."""
         return [row for entry in self.entries(part) for row in entry.get("rows", ())]
 
     def done(self, part: str, key: str) -> bool:
-        """Measured, or already tried in this run."""
+        """Return whether a line has been measured, or has already been tried in this run."""
         found = (entry for entry in self.entries(part) if entry["key"] == key)
         return any(("failed" not in e and "rows" in e) or e["run"] == self.run for e in found)
 
     def add(self, part: str, key: str, **what: Any) -> None:
-        """`rows`, `missing` or `failed`; takes the place of an entry of that key."""
+        """Add an entry with `rows`, `missing` or `failed`; it replaces an entry of the same key."""
         entry = {"part": part, "key": key, "run": self.run, **what}
         self.data["entries"] = [*self._without(part, key), entry]
         self.write()
 
     def drop(self, part: str, key: str) -> None:
+        """Remove an entry."""
         self.data["entries"] = self._without(part, key)
         self.write()
 
@@ -90,11 +109,12 @@ class Record:
         return [entry for entry in self.data["entries"] if (entry["part"], entry["key"]) != (part, key)]
 
     def forget(self, parts: Sequence[str]) -> None:
+        """Remove all entries of some parts."""
         self.data["entries"] = [entry for entry in self.data["entries"] if entry["part"] not in parts]
         self.write()
 
     def write(self) -> None:
-        """Replaces the file as a whole: a kill leaves the old one or the new one."""
+        """Replace the file as a whole, so that a kill leaves the old one or the new one."""
         draft = self.folder / f".{NAME}.new"
         with draft.open("w", encoding="utf-8") as file:
             json.dump(self.data, file, indent=1)
@@ -108,12 +128,17 @@ class Record:
 
 
 def page(record: Record, titles: Mapping[str, str]) -> str:
-    """The whole record as markdown; `titles`: of the parts, in their order."""
+    """Return the whole record as markdown.
+
+    Args:
+        record: the results.
+        titles: of the parts, in their order.
+    """
     data = record.data
     lines = [f"# Silva on {data['device']}", ""]
     if data["smoke"]:
         lines += [
-            "**A smoke run: it proves that the script runs. No time or ratio below means anything.**",
+            "**A smoke run: it only shows that the script runs. Times and ratios below mean nothing.**",
             "",
         ]
     for number, facts in enumerate(data["runs"]):
@@ -132,7 +157,7 @@ def page(record: Record, titles: Mapping[str, str]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows with a common "table" together, in the order in which tables begin."""
+    """Group the rows that have the same "table", in the order in which tables begin."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(row.get("table"), []).append(row)
@@ -140,6 +165,7 @@ def tables(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of one table."""
     columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "table"]
     lines = [f"**{rows[0]['table']}**", ""] if "table" in rows[0] else []
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -147,6 +173,7 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def text(value: Any) -> str:
+    """Return the text of one cell."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     return str(value).replace("|", "/").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""What the processes of `gpu.py`'s parts share: lines measured once, until the time is up; facts of the machine."""
+"""Provides what the processes of `gpu.py`'s parts share: lines measured once, a deadline, and facts of the machine."""
 
 from __future__ import annotations
 
@@ -24,14 +24,26 @@ PACKAGES = ("megatron-core", "transformers", "triton", "numpy", "liger-kernel", 
 
 
 class Outcome(NamedTuple):
-    """Rows that stand in the record although something failed."""
+    """Holds rows that stay in the record although something failed.
+
+    Attributes:
+        rows: each is one line of a table.
+        failed: what failed, or None.
+    """
 
     rows: Sequence[Row]
     failed: str | None
 
 
 class Session:
-    """One part's process: its lines and its deadline."""
+    """Measures the lines of one part in its process, until its deadline.
+
+    Attributes:
+        part: its name.
+        smoke: whether it is a smoke run.
+        record: the results file.
+        until: the deadline, in seconds of the monotonic clock.
+    """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.part, self.smoke = arguments.part, arguments.smoke
@@ -41,14 +53,18 @@ class Session:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left until the deadline."""
         return self.until - time.monotonic()
 
     def lines(self, key: str, measure: Callable[[], Sequence[Row] | Outcome]) -> bool:
         """Measure and record rows, unless they are there or the time is up.
 
-        Whatever is raised is recorded as the line's failure, and the next line is tried: in this process, or in a
-        fresh one where the GPU no longer answers this one.
+        Whatever is raised is recorded as the line's failure, and the next line is tried: in this process, or in a new
+        one where the GPU no longer answers this one.
+
+        Args:
+            key: of the line.
+            measure: returns its rows.
 
         Returns:
             Whether the rows are in the record.
@@ -62,10 +78,8 @@ class Session:
                 failed = found.failed if isinstance(found, Outcome) else None
                 rows = found.rows if isinstance(found, Outcome) else found
                 self._add(key, rows=[*map(dict, rows)], **({"failed": failed} if failed else {}))
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # a peer's failure is a line of the table, whatever it is
+            except (Exception, SystemExit) as error:
+                # a peer's failure is a line of the table, whatever it is
                 traceback.print_exc()
                 words = str(error).strip().splitlines() or [""]
                 self._add(key, failed=f"{type(error).__name__}: {words[0]}"[:300])
@@ -73,15 +87,16 @@ class Session:
         return any("rows" in e for e in self.record.entries(self.part) if e["key"] == key)
 
     def line(self, key: str, measure: Callable[[], Row]) -> bool:
+        """Measure and record one row, as `lines` does."""
         return self.lines(key, lambda: [measure()])
 
     def missing(self, key: str, why: str) -> None:
-        """A peer that cannot be measured here."""
+        """Record a peer that cannot be measured here."""
         if not self.record.done(self.part, key):
             self._add(key, missing=why)
 
     def summarize(self, summary: Callable[[Sequence[Row]], Mapping[str, Any]]) -> None:
-        """Have figures made of the part's rows now and after every line: whatever ends the part, they are there."""
+        """Have figures made of the part's rows now and after every line, so that they exist however the part ends."""
         self._summary = summary
         self._summarize()
 
@@ -101,12 +116,13 @@ class Session:
             try:
                 torch.cuda.empty_cache()
                 torch.cuda.synchronize()
-            except RuntimeError:  # an illegal access stays with the process that made it
+            except RuntimeError:
+                # after an illegal access only another process can use the GPU
                 sys.exit(GO_ON)
 
 
 def begin(parts: Mapping[str, Callable[[Session], None]]) -> None:
-    """The command line of a part's module."""
+    """Run the part that the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("out", type=Path)
@@ -117,6 +133,7 @@ def begin(parts: Mapping[str, Callable[[Session], None]]) -> None:
 
 
 def version(name: str) -> str:
+    """Return the version of an installed package, or "none"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -124,7 +141,7 @@ def version(name: str) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """What results depend on besides the code."""
+    """Return what results depend on besides the code."""
     found = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "python": platform.python_version(),
@@ -137,7 +154,8 @@ def facts() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             driver = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split()
-        except (OSError, subprocess.TimeoutExpired):  # not on every container's path; or the driver is stuck
+        except (OSError, subprocess.TimeoutExpired):
+            # nvidia-smi is not on every container's path, and a driver may not answer
             driver = []
         found |= {
             "driver": driver[0] if driver else "unknown",
@@ -150,7 +168,11 @@ def facts() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Begin a run: the facts into the record."""
+    """Begin a run by writing the facts into the record.
+
+    Returns:
+        0; 2 after one line that says what is wrong with the request.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--smoke", action="store_true")

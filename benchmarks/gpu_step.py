@@ -1,17 +1,17 @@
-"""The part of `gpu.py` about whole training steps: the engine on trees, on unrolled sequences, and transformers.
+"""Measures whole training steps: the engine's on trees and on unrolled sequences, and those of transformers.
 
-The engine's step is the one it trains with (`Step.update_rows`): forward, backward, clipping and AdamW over packed
-rows, bfloat16 with float32 gradients, main weights and moments, nothing recomputed. Three ways over the same
-comparisons (for SFT: over the same answers), with the same weights:
+This is the part "step" of `gpu.py`. The engine's step is the one it trains with (`Step.update_rows`): forward,
+backward, clipping and AdamW over packed rows, bfloat16 with float32 gradients, main weights and moments, nothing
+recomputed. There are three ways to compute the same comparisons (for SFT the same answers) with the same weights:
 
-- trees: as the engine packs them;
-- unrolled: every sequence a document of its own, rows packed by the engine too;
-- transformers: its Mistral on two sequences at a time, padded on the right, with FlashAttention or torch's attention,
-  logits of scored positions only, bfloat16 throughout, torch's fused AdamW. Padding stands behind every real token,
-  so no mask is needed, which is the fastest way through its attention.
+- trees: rows are as the engine packs them;
+- unrolled: every sequence is a document of its own, and the engine packs these into rows too;
+- transformers: its Mistral computes two sequences at a time, padded on the right, with FlashAttention or torch's
+  attention, logits of scored positions only, bfloat16 throughout, and torch's fused AdamW. Padding comes after every
+  real token, so no mask is needed, which is the fastest way through its attention.
 
-Losses and gradient norms have to agree. All learning rates are so small that no weight changes: every step is the
-same step.
+Losses and gradient norms have to agree. All learning rates are so small that no weight changes, so that every step is
+the same step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from silva.engine.planning.hardware import GIB, GPUS, Gpu
 from silva.engine.recipe.schema import Parallel, Recipe
 from silva.engine.training.step import Step, StepSettings
 
-# What a GPU calls itself, where its figures are known.
+# the planner's name of each GPU whose figures are known, by the name that the GPU gives itself
 CARDS = {
     "NVIDIA H100 80GB HBM3": "h100-80g",
     "NVIDIA H200": "h200",
@@ -58,14 +58,17 @@ CARDS = {
     "NVIDIA A100-SXM4-40GB": "a100-40g",
 }
 BETA = 0.1
-RATE = 1e-30  # changes no weight, and a learning rate of 0 is none
-# Relative. Two bfloat16 passes over the same tokens in other rows: a token's log-prob is off by some 2^-8 of its
-# logits' spread, 0.005, a sequence's, the sum of hundreds, by 0.1, a reward by 0.01, the loss, a mean over some tens
-# of comparisons, by 0.002. A wrong mask, position or pair changes it by its own size.
+# it changes no weight, and a recipe takes no learning rate of 0
+RATE = 1e-30
+# This bound is relative. Two bfloat16 passes compute the same tokens in different rows. A token's log-prob is then off
+# by some 2^-8 of its logits' spread, which is 0.005; a sequence's, which is the sum of hundreds, by 0.1; a reward by
+# 0.01; and the loss, which is a mean over some tens of comparisons, by 0.002. A wrong mask, position or pair changes
+# the loss by its own size.
 LOSS_CLOSE = 5e-3
-# Rounding is in every element of a gradient and has no direction: a percent of every element adds 1e-4 to the norm;
-# a percent of every coefficient, by the rewards above, averages out as the loss's does. transformers' gradient is
-# rounded to bfloat16 after every pair besides, 2^-9 each time.
+# This bound is relative too. Rounding is in every element of a gradient and has no direction: an error of a percent in
+# every element adds 1e-4 to the norm. An error of a percent in every coefficient, which the error of the rewards above
+# makes, averages out as the loss's does. transformers' gradient is also rounded to bfloat16 after every pair, by 2^-9
+# each time.
 NORM_CLOSE = 1e-2
 
 
@@ -73,7 +76,7 @@ NORM_CLOSE = 1e-2
 
 
 def random_model(shape: ModelShape, device: torch.device) -> Any:
-    """transformers' Mistral in bfloat16, every time with the same weights."""
+    """Return transformers' Mistral in bfloat16, every time with the same weights."""
     config = MistralConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -98,11 +101,12 @@ def random_model(shape: ModelShape, device: torch.device) -> Any:
 
 
 def attention_of_transformers() -> str:
+    """Return the name of the attention that transformers uses."""
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
 class Engine:
-    """The engine's step over rows that are packed already and a model from memory."""
+    """Runs the engine's step over rows that are packed already, with a model from memory."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.settings = {
@@ -128,13 +132,14 @@ class Engine:
         self.made = Step(chunks, built, OBJECTIVES["sft"], self.settings["sft"])
 
     def step(self, case: Case, layout: str) -> tuple[float, float]:
-        """Loss and gradient norm."""
+        """Run one step, and return loss and gradient norm."""
         self.made.objective, self.made.settings = OBJECTIVES[case.objective], self.settings[case.objective]
         found = self.made.update_rows(case.rows[layout], case.count, rate=RATE)
         return found["loss"], found["gradient_norm"]
 
 
 def recipe(objective: str, size: Size) -> Recipe:
+    """Return a recipe of an objective for the settings of both contenders."""
     training = {"global_batch": 1, "learning_rate": RATE, "schedule": "constant", "warmup": 0.0}
     return Recipe.model_validate(
         {
@@ -151,17 +156,28 @@ def recipe(objective: str, size: Size) -> Recipe:
 
 
 class Batch(NamedTuple):
-    """Sequences that are padded together: B of T tokens, L of them scored."""
+    """Holds sequences that are padded together: B of T tokens, L of them scored.
 
-    tokens: Tensor  # (B, T) int64
-    source: Tensor  # (L,) int64, where the hidden states of scored tokens stand among the B x T
-    target: Tensor  # (L,) int64
-    owner: Tensor  # (L,) int64, the sequence
-    scored: Tensor  # (B,) int64
-    reference: Tensor  # (B,) float32; empty for sft
+    Attributes:
+        tokens: (B, T) int64.
+        source: (L,) int64, where the hidden states that predict scored tokens are among the B x T.
+        target: (L,) int64, the scored tokens.
+        owner: (L,) int64, the sequence of each scored token.
+        scored: (B,) int64, scored tokens of each sequence.
+        reference: (B,) float32, reference log-probs; empty for SFT.
+    """
+
+    tokens: Tensor
+    source: Tensor
+    target: Tensor
+    owner: Tensor
+    scored: Tensor
+    reference: Tensor
 
     @classmethod
     def of(cls, sequences: Sequence[TokenSequence], reference: Tensor, device: torch.device) -> Batch:
+        """Pad sequences together and move them to a device."""
+
         def padded(arrays: Sequence[NDArray[Any]]) -> Tensor:
             return torch.nn.utils.rnn.pad_sequence([*map(torch.from_numpy, arrays)], batch_first=True)
 
@@ -173,7 +189,7 @@ class Batch(NamedTuple):
 
 
 class Plain:
-    """transformers, two sequences at a time; they lie on the device before the step begins."""
+    """Runs transformers on two sequences at a time, which are on the device before the step begins."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.device = device
@@ -187,7 +203,7 @@ class Plain:
         self._batches: dict[str, list[Batch]] = {}
 
     def step(self, case: Case, layout: str = "") -> tuple[float, float]:
-        """Loss and gradient norm."""
+        """Run one step, and return loss and gradient norm."""
         if case.objective not in self._batches:
             self._batches[case.objective] = [Batch.of(*pair, self.device) for pair in case.pairs]
         total = torch.zeros((), device=self.device)
@@ -197,7 +213,7 @@ class Plain:
             total += loss.detach()
         with record_function("optimizer"):
             gradients = [p.grad for p in self.model.parameters()]
-            # in float32: a norm in bfloat16 has three digits
+            # the norm is taken in float32, because in bfloat16 it has three digits
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
             norm = torch.stack(norms).norm()
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
@@ -220,7 +236,10 @@ class Plain:
 
 
 def step(session: Session) -> None:
-    """Engine first: what it leaves behind in memory is not counted against transformers."""
+    """Measure the engine, then transformers.
+
+    The engine comes first: what it leaves behind in memory is not counted against transformers.
+    """
     device = kernel_common.device()
     session.summarize(figures)
     size = SMOKE if session.smoke else FULL
@@ -235,7 +254,12 @@ def step(session: Session) -> None:
 
 
 class Contender:
-    """The engine or transformers, built where a line needs it."""
+    """Holds the engine or transformers, which is built where a line needs it.
+
+    Attributes:
+        engine: whether it is the engine.
+        before: bytes of the GPU's tensors that are not its own.
+    """
 
     def __init__(self, kind: type[Engine] | type[Plain], size: Size, device: torch.device) -> None:
         self.engine = kind is Engine
@@ -243,13 +267,14 @@ class Contender:
         self._built: Any = None
         self._began = False
         self._seen: dict[tuple[str, str], tuple[float, float]] = {}
-        self.before = allocated()  # bytes of others
+        self.before = allocated()
 
     def layouts(self, case: Case) -> list[str]:
+        """Return the layouts that it computes."""
         return [*case.rows] if self.engine else ["transformers"]
 
     def run(self, case: Case, layout: str) -> tuple[float, float]:
-        """Loss and gradient norm of a step."""
+        """Run one step, and return loss and gradient norm."""
         if self._built is None:
             if self._began:
                 raise SystemExit("could not be built: see the line before")
@@ -260,13 +285,14 @@ class Contender:
         return self._built.step(case, layout)
 
     def first(self, case: Case, layout: str) -> tuple[float, float]:
-        """Of this process's first step of a layout, which compiles what it needs."""
+        """Return loss and gradient norm of this process's first step of a layout, which compiles what it needs."""
         key = case.objective, layout
         if key not in self._seen:
             self._seen[key] = self.run(case, layout)
         return self._seen[key]
 
     def release(self) -> None:
+        """Give back the memory of what was built."""
         self._built = None
         if self.engine:
             groups.shutdown()
@@ -276,7 +302,7 @@ class Contender:
 
 
 def measure(session: Session, contender: Contender, case: Case, size: Size) -> list[Row]:
-    """A row for each layout, behind the check of losses and gradient norms.
+    """Return a row for each layout, after losses and gradient norms were checked.
 
     Raises:
         SystemExit: they differ, among themselves or from what is in the record.
@@ -310,7 +336,7 @@ def measure(session: Session, contender: Contender, case: Case, size: Size) -> l
 
 
 def kernels(contender: Contender, case: Case) -> list[Row]:
-    """One profiled step of each layout."""
+    """Return a row for each layout with the shares of the groups of kernels in one profiled step."""
     found = []
     for layout in contender.layouts(case):
         contender.first(case, layout)
@@ -321,7 +347,11 @@ def kernels(contender: Contender, case: Case) -> list[Row]:
 
 
 def check(results: Mapping[str, tuple[float, float]]) -> None:
-    """Raises SystemExit where losses or gradient norms are further apart than rounding."""
+    """Check that losses and gradient norms are no further apart than rounding.
+
+    Raises:
+        SystemExit: they are further apart.
+    """
     for what, values, close in (
         ("losses", {name: loss for name, (loss, _) in results.items()}, LOSS_CLOSE),
         ("gradient norms", {name: norm for name, (_, norm) in results.items()}, NORM_CLOSE),
@@ -332,7 +362,15 @@ def check(results: Mapping[str, tuple[float, float]]) -> None:
 
 
 def describe(case: Case, layout: str, size: Size, seconds: float, trees: float | None) -> dict[str, Any]:
-    """Counts and speed of one layout; `trees`: seconds of the trees' step, where it has been measured."""
+    """Return the counts and the speed of one layout.
+
+    Args:
+        case: the objective's step.
+        layout: its name.
+        size: of the model.
+        seconds: of a step.
+        trees: seconds of the trees' step, or None where it has not been measured.
+    """
     counts = case.counts(layout)
     operations = counts.operations(size.shape)
     gpu = card(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -358,7 +396,7 @@ def describe(case: Case, layout: str, size: Size, seconds: float, trees: float |
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What the floors are about."""
+    """Return the figures that the floors are about."""
     found: dict[str, float] = {}
     for row in rows:
         if row["table"] == "steps":
@@ -374,34 +412,37 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def allocated() -> int:
+    """Return the bytes of tensors on the GPU, and 0 on a CPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def restart_peak() -> None:
+    """Restart the measurement of `peak` on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak() -> int:
-    """Bytes of tensors at the worst moment; on a CPU of the whole process since it began."""
+    """Return the bytes of tensors at the worst moment; on a CPU, those of the whole process since it began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def used() -> int:
-    """Bytes of the GPU that are taken, by whatever."""
+    """Return the bytes of the GPU that are in use, by whatever process."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
 
 def finish() -> None:
+    """Wait until the GPU has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def card(name: str) -> Gpu | None:
-    """The figures of the GPU of this name."""
+    """Return the figures of the GPU of this name, or None where they are unknown."""
     return GPUS[CARDS[name]] if name in CARDS else None
 
 

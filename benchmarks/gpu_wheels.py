@@ -3,8 +3,8 @@
     benchmarks/gpu.sh wheels FOLDER [--present FILE]
 
 They are what the project depends on, pytest, pytest-xdist, hypothesis and Liger, for the target's Python on x86-64
-Linux; torch, Triton, CUDA and what comes with torch anyway are left out. FILE lists what else the target has, as
-`pip list` prints it there: that is left out too.
+Linux. torch, Triton, CUDA and what comes with torch anyway are left out. FILE lists what else the target has, as
+`pip list` prints it there; that is left out too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("pytest>=8", "pytest-xdist", "hypothesis>=6.100", "liger-kernel")
-# torch, and what torch itself needs and the project asks no newer version of
+# torch, and those of torch's own requirements of which the project asks no newer version
 WITH_TORCH = re.compile(r"torch|triton|nvidia-.*|cuda-.*|sympy|mpmath|networkx|setuptools")
-# read by code that no part of the script runs: saved data sets and hub names, a run's journal
+# packages for saved data sets and hub names, and for a run's journal: no part of the script runs code that uses them
 UNUSED = ("datasets", "tensorboard")
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)]  # pip matches each as it stands
+# pip matches each name as it stands, so every version has to be listed
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)]
 PLATFORMS += [f"manylinux{name}_x86_64" for name in (1, 2010, 2014)]
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Fetch the wheels and print their sizes.
+
+    Returns:
+        0; 2 after one line that names a file or folder that cannot be used.
+    """
     parser = argparse.ArgumentParser(
         prog="gpu.sh wheels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,7 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def resolved(target: list[str]) -> list[tuple[str, str]]:
-    """(name, version) of everything, chosen together, so that they fit each other; nothing is installed."""
+    """Choose the versions of everything together, so that they fit each other; nothing is installed.
+
+    Returns:
+        (name, version) of every package.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [line for line in project["dependencies"] if not names(line) & set(UNUSED)]
     with tempfile.TemporaryDirectory() as folder:
@@ -71,6 +81,11 @@ def resolved(target: list[str]) -> list[tuple[str, str]]:
 
 
 def pip(*arguments: str) -> None:
+    """Run pip.
+
+    Raises:
+        SystemExit: pip failed, after saying why.
+    """
     command = [
         sys.executable,
         "-m",
@@ -81,15 +96,16 @@ def pip(*arguments: str) -> None:
         *arguments,
     ]
     if subprocess.run(command).returncode:
-        raise SystemExit(2)  # pip has said why
+        raise SystemExit(2)
 
 
 def names(text: str) -> set[str]:
-    """Every word that may be a package's name."""
+    """Return every word that may be a package's name."""
     return {normal(word) for word in re.findall(r"[A-Za-z0-9][\w.-]*", text)}
 
 
 def normal(name: str) -> str:
+    """Return a package's name in its normalized form."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

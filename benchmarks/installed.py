@@ -1,4 +1,4 @@
-"""Whether a module can be imported, without importing it."""
+"""Tells whether a module can be imported, without importing it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib.util
 
 
 def absent(module: str) -> str | None:
-    """Why it cannot be had, or None."""
+    """Return why a module is not available, or None."""
     try:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package that would hold it
+    except ModuleNotFoundError:
+        # the package that would hold it is missing
         found = None
     return None if found else f"{module} is not installed"

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: device timing, peak memory measured and counted, figures into a file."""
+"""Provides what the kernel benchmarks share: device timing, peak memory measured and counted, figures in a file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import common
 
-FLUSH = 256 << 20  # bytes written between two measurements: more than any L2 cache holds
-AHEAD = 2_000_000  # cycles that the GPU waits, a millisecond: what is measured is queued by then, launches and all
+# bytes written between two measurements, which are more than any L2 cache holds
+FLUSH = 256 << 20
+# cycles that the GPU waits, a millisecond; by then all that is measured is queued, its launches included
+AHEAD = 2_000_000
 MEBIBYTE = 1 << 20
 
 
 def device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def milliseconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median of `repeats` runs of each, in turns, after one that compiles; the cache is flushed before each.
+    """Return the median of `repeats` runs of each, which are timed in turns.
 
-    On a GPU these are its own milliseconds; Python's count only where it takes longer than a millisecond.
+    Each is first run once, so that it is compiled. On a GPU the cache is flushed before each timed run, and the times
+    are the GPU's own milliseconds; Python's count only where it takes longer than a millisecond.
     """
     if device().type == "cpu":
         for run in runs.values():
@@ -53,7 +57,10 @@ def milliseconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Bytes beyond what was there before: of the GPU's allocator, or of the resident set of a child process."""
+    """Return the peak bytes of a run beyond what was there before.
+
+    On a GPU they are those of its allocator, else those of the resident set of a child process.
+    """
     if device().type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -72,7 +79,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def _resident_peak(run: Callable[[], Any], answer: Connection) -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    # this resets the high-water mark
+    Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     run()
     answer.send(_status("VmHWM") - before)
@@ -84,9 +92,15 @@ def _status(key: str) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes that live at once of all storages made under it: exact, and on the meta device for free.
+    """Counts the bytes that live at once of all storages made under it.
 
-    given: tensors that are there before, whose views do not count.
+    The count is exact, and on the meta device it takes no memory.
+
+    Args:
+        *given: tensors that are there before; their views do not count.
+
+    Attributes:
+        peak: the most bytes that lived at once.
     """
 
     def __init__(self, *given: torch.Tensor) -> None:
@@ -108,7 +122,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def environment(**more: object) -> dict[str, object]:
-    """As in `common`, with the GPU and Triton's version."""
+    """Return what `common.environment` returns, with the GPU and Triton's version."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return common.environment(gpu=name, triton=triton.__version__, **more)
 

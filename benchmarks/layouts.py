@@ -1,15 +1,15 @@
-"""Every layout against one process: how far its numbers are, how long a step takes, what it sends.
+"""Compares every layout with one process: how far its numbers are, how long a step takes, and what it sends.
 
     python -m benchmarks.layouts [--smoke] [--only NAME ...]
 
-The same three steps of the engine's own training, on synthetic trees and a random model in float32, on worlds of gloo
-processes that share this machine's cores: seconds tell what a layout adds here, not how it would scale. The
-vocabulary is odd, so that tensor parallelism pads it.
+Every layout takes the same three steps of the engine's own training, on synthetic trees and a random model in float32,
+on worlds of gloo processes that share this machine's cores. So the seconds tell what a layout adds here, not how it
+would scale. The vocabulary is odd, so that tensor parallelism pads it.
 
-- difference: the largest relative one over the steps, of losses and gradient norms; of the exported weights the norm of
-  the difference over the norm of the weights. More than TOLERANCE is an error.
-- sent: bytes of one step, the last, of the rank that sends most, by kind of collective. Every operation of
-  torch.distributed's process groups is counted, whoever calls it, with what a ring over n ranks sends of it:
+- difference: for losses and gradient norms, the largest relative difference over the steps; for the exported weights,
+  the norm of the difference over the norm of the weights. More than TOLERANCE is an error.
+- sent: bytes of the last step, of the rank that sends most, by kind of collective. Every operation of
+  torch.distributed's process groups is counted, whoever calls it, as what a ring over n ranks sends for it:
   all-reduce 2 (n - 1) / n of the tensor, all-gather and reduce-scatter (n - 1) / n of the whole, broadcast
   (n - 1) / n, a send all of it. Receiving is not counted.
 """
@@ -39,7 +39,8 @@ from silva.engine.objectives import OBJECTIVES
 from silva.engine.recipe.schema import Recipe
 from silva.engine.training import trainer
 
-TOLERANCE = 1e-5  # float32 sums in another order, over three optimizer steps
+# float32 sums are taken in another order, over three optimizer steps
+TOLERANCE = 1e-5
 STEPS = 3
 VPP = {"pipeline": 2, "virtual_pipeline": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -70,18 +71,24 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "broadcast", "send")
 
 
 class Run(NamedTuple):
-    """What one layout's run leaves behind."""
+    """Holds what one layout's run leaves behind.
+
+    Attributes:
+        history: the metrics of each step.
+        weights: the exported weights.
+        sent: bytes of the last step, of the rank that sends most, by kind of collective.
+    """
 
     history: list[dict[str, float]]
     weights: dict[str, Tensor]
-    sent: Counter[str]  # bytes of the rank that sends most, by kind
+    sent: Counter[str]
 
 
 # ---------------------------------------------------------------- what is sent
 
 
 def _bytes(tensors: Any) -> int:
-    """Of a tensor, or of tensors in lists in lists."""
+    """Return the bytes of a tensor, or of tensors in lists in lists."""
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(_bytes(each) for each in tensors) if isinstance(tensors, list | tuple) else 0
@@ -95,8 +102,8 @@ def _once(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-# Method of a process group: kind, how often one of n ranks sends the whole, which argument that is. Releases of torch
-# name them differently.
+# For each method of a process group: its kind, how often one of n ranks sends the whole, and which argument that is.
+# Releases of torch name the methods differently.
 OPERATIONS: dict[str, tuple[str, Callable[[int], float], int]] = {
     "allreduce": ("all-reduce", _twice, 0),
     "allreduce_coalesced": ("all-reduce", _twice, 0),
@@ -116,7 +123,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[int], float], int]] = {
 
 
 def count_sent(sent: Counter[str]) -> None:
-    """From now on every operation of this process's groups is added to `sent`; one of no known kind as "other"."""
+    """Add every operation of this process's groups to `sent` from now on, one of no known kind as "other"."""
 
     def counted(name: str) -> Callable[..., Any]:
         kind, share, whole = OPERATIONS.get(name, ("other", lambda ranks: 1.0, 0))
@@ -138,7 +145,14 @@ def count_sent(sent: Counter[str]) -> None:
 
 
 def on_processes(size: int, recipe: Recipe) -> Counter[str]:
-    """Train `recipe` on a gloo world of forked processes; what the rank that sends most sends in a step."""
+    """Train `recipe` on a gloo world of forked processes.
+
+    Returns:
+        The bytes of the last step, of the rank that sends most, by kind.
+
+    Raises:
+        SystemExit: a process failed.
+    """
     try:
         found = world(size, _train, recipe, timeout=1800)
     except RuntimeError as error:
@@ -147,7 +161,11 @@ def on_processes(size: int, recipe: Recipe) -> Counter[str]:
 
 
 def _train(recipe: Recipe) -> Counter[str]:
-    """Make a whole run; what this process sends in its last step."""
+    """Make a whole run.
+
+    Returns:
+        The bytes that this process sends in its last step, by kind.
+    """
     sent: Counter[str] = Counter()
     last: Counter[str] = Counter()
     count_sent(sent)
@@ -169,6 +187,11 @@ def _train(recipe: Recipe) -> Counter[str]:
 
 
 def measure(size: int, recipe: Recipe) -> Run:
+    """Train `recipe` and read what its run leaves behind.
+
+    Raises:
+        SystemExit: a process failed, or a step called a collective of a kind that is not counted.
+    """
     sent = on_processes(size, recipe)
     if sent["other"]:
         raise SystemExit("a collective of a kind that is not counted was called in a step")
@@ -182,7 +205,11 @@ def measure(size: int, recipe: Recipe) -> Run:
 
 
 def differences(found: Run, alone: Run) -> tuple[float, float, float]:
-    """Largest relative differences of losses and gradient norms; of all weights together."""
+    """Return the largest relative differences of losses and of gradient norms, and that of all weights together.
+
+    Raises:
+        SystemExit: the two have not run the same steps of the same model.
+    """
     if found.weights.keys() != alone.weights.keys() or len(found.history) != len(alone.history):
         raise SystemExit("the layouts have not run the same steps of the same model")
 
@@ -198,7 +225,9 @@ def differences(found: Run, alone: Run) -> tuple[float, float, float]:
 
 
 def recipe_for(work: Path, options: argparse.Namespace, name: str, parallel: dict[str, Any]) -> Recipe:
-    absolute = options.objective == "bt_dr"  # read by no other objective
+    """Return the recipe of one layout."""
+    # no other objective reads it
+    absolute = options.objective == "bt_dr"
     source = {"path": str(work / "rows.jsonl"), "format": "ultrainteract_pair", "absolute": absolute}
     return Recipe.model_validate(
         {
@@ -212,8 +241,8 @@ def recipe_for(work: Path, options: argparse.Namespace, name: str, parallel: dic
                 "too_long": "drop",
                 "cache": str(work / "cache"),
             },
-            # epsilon: with 1e-8 Adam moves a weight whose gradient is all rounding error by the whole learning rate,
-            # in the direction of the error
+            # with an epsilon of 1e-8, Adam moves a weight whose gradient is only rounding error by the whole learning
+            # rate, in the direction of the error
             "training": {
                 "global_batch": options.comparisons,
                 "learning_rate": 1e-3,
@@ -227,6 +256,7 @@ def recipe_for(work: Path, options: argparse.Namespace, name: str, parallel: dic
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -250,7 +280,11 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Run, compare and print."""
+    """Run every layout, compare it with one process, and print the results.
+
+    Raises:
+        SystemExit: a layout differs by more than TOLERANCE.
+    """
     size = {"vocabulary": options.vocabulary, "hidden": options.hidden, "layers": options.layers}
     reward = OBJECTIVES[options.objective].head == "reward"
     parameters = common.save_model(work / "model", reward=reward, **size)
@@ -285,7 +319,8 @@ def report(options: argparse.Namespace, work: Path) -> None:
 
 
 def _line(name: str, processes: int, apart: tuple[float, float, float], run: Run) -> tuple[Any, ...]:
-    seconds = statistics.median(line["seconds"] for line in run.history[1:])  # the first one warms up
+    # the first step warms up
+    seconds = statistics.median(line["seconds"] for line in run.history[1:])
     return (name, processes, *apart, seconds, *(run.sent[kind] / 1e3 for kind in KINDS))
 
 

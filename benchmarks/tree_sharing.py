@@ -1,17 +1,18 @@
-"""What merging, packing and balancing make of a data set.
+"""Measures what merging, packing and balancing make of a data set.
 
     python -m benchmarks.tree_sharing DATA ... --tokenizer FOLDER     DATA is path:format[:field=column,...]
     python -m benchmarks.tree_sharing RECIPE.yaml ...
     python -m benchmarks.tree_sharing --synthetic ultrainteract --synthetic ultrainteract-rm
 
 - unrolled: tokens of all sequences, each once; sides: tokens of all comparisons' sequences, as pair trainers compute
-  them; unique: tokens of the merged trees; ratio: unrolled / unique, sides / unique. Of whole trees, however long.
+  them; unique: tokens of the merged trees; ratio: unrolled / unique and sides / unique. They count whole trees,
+  however long these are.
 - tile ratio: 128 x 128 tiles of the attention matrix that hold a visible pair, unrolled sequences over packed trees.
-- row fill: tokens over rows x row length, rows of one rank.
+- row fill: tokens over rows x row length, for the rows of one rank.
 - imbalance: cost of the slowest of so many data-parallel ranks over their mean, averaged over the global batches.
 
-The last two are of global batches in shuffled order, as a run draws them (`--global-batch`, `--row-length`, or a
-recipe's own); costs are those of a 7B model.
+Row fill and imbalance are of global batches in shuffled order, as a run draws them (`--global-batch`, `--row-length`,
+or a recipe's own); costs are those of a 7B model.
 """
 
 from __future__ import annotations
@@ -55,7 +56,22 @@ SYNTHETIC: dict[str, Callable[..., list[ultrainteract.Tree]]] = {
 
 @dataclass
 class Sharing:
-    """The figures of one data set."""
+    """Holds the figures of one data set.
+
+    Attributes:
+        trees: number of trees.
+        sequences: number of sequences.
+        comparisons: number of comparisons.
+        unrolled: tokens of all sequences, each once.
+        sides: tokens of all comparisons' sequences.
+        unique: tokens of the merged trees.
+        tile_ratio: visited tiles of unrolled sequences over those of packed trees.
+        row_fill: tokens over rows x row length.
+        imbalance: cost of the slowest rank over the mean, by number of ranks.
+        row_length: most tokens of a row.
+        global_batch: units of a global batch.
+        steps: global batches that row fill and imbalance were measured over.
+    """
 
     trees: int
     sequences: int
@@ -68,7 +84,7 @@ class Sharing:
     imbalance: dict[int, float]
     row_length: int
     global_batch: int
-    steps: int  # global batches that row fill and imbalance were measured over
+    steps: int
 
 
 def measure(data: DataSet, unit: Unit, *, row_length: int, global_batch: int, steps: int) -> Sharing:
@@ -102,7 +118,8 @@ def measure(data: DataSet, unit: Unit, *, row_length: int, global_batch: int, st
         )
         for ranks in RANKS
     }
-    count = min(steps, max(1, units // global_batch))  # whole batches, if there is one
+    # only whole batches are laid out, if there is one
+    count = min(steps, max(1, units // global_batch))
     batches = {ranks: [plan[step] for step in range(count)] for ranks, plan in plans.items()}
     alone = batches[1]
     return Sharing(
@@ -122,7 +139,7 @@ def measure(data: DataSet, unit: Unit, *, row_length: int, global_batch: int, st
 
 
 class _Tiles:
-    """Tiles visited by documents that fill rows one after the other."""
+    """Counts the tiles visited by documents that fill rows one after the other."""
 
     def __init__(self, row_length: int) -> None:
         self.row_length = row_length
@@ -130,13 +147,14 @@ class _Tiles:
         self.used = self.visited = 0
 
     def add(self, subtree_end: NDArray[np.int32]) -> None:
+        """Put a document into the row, or into a new one where it does not fit."""
         if self.used + len(subtree_end) > self.row_length:
             self.total()
         self.row.append(subtree_end + np.int32(self.used))
         self.used += len(subtree_end)
 
     def total(self) -> int:
-        """Close the row; the tiles so far."""
+        """Close the row and return the number of tiles so far."""
         if self.row:
             ends = torch.from_numpy(np.concatenate(self.row))
             kinds = classify(blocks_without_lists(ends, None, None, None), TileShape(TILE, TILE))
@@ -146,7 +164,7 @@ class _Tiles:
 
 
 def _check(tree: Tree, group: TokenGroup) -> None:
-    """The tokens that a sequence's last token sees are the sequence."""
+    """Check that the tokens that a sequence's last token sees are the sequence."""
     index = np.arange(len(tree))
     for last, sequence in zip(tree.last, group.sequences(), strict=True):
         seen = tree.tokens[(index <= last) & (tree.subtree_end > last)]
@@ -155,7 +173,14 @@ def _check(tree: Tree, group: TokenGroup) -> None:
 
 
 def data_sets(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, DataSet, Unit, int, int]]:
-    """(what it was called, data, unit, row length, global batch) of every data set of the command line."""
+    """Read or draw every data set of the command line.
+
+    Yields:
+        (what it was called, data, unit, row length, global batch).
+
+    Raises:
+        UserError: a data set of text is given without a tokenizer.
+    """
     row_length, global_batch = options.row_length, options.global_batch
     for name in options.synthetic or []:
         trees = SYNTHETIC[name](options.trees, scale=options.scale)
@@ -185,6 +210,7 @@ def data_sets(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, Da
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -213,7 +239,7 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Measure every data set and print what came out."""
+    """Measure every data set and print the results."""
     found: dict[str, Sharing] = {}
     for text, data, unit, row_length, global_batch in data_sets(options, work):
         found[common.label(text, found)] = measure(

@@ -1,19 +1,19 @@
-"""The same comparisons as packed trees, as packed but unrolled sequences, and as one padded pair at a time.
+"""Compares packed trees with packed but unrolled sequences and with one padded pair at a time.
 
     python -m benchmarks.tree_step [DATA --format F --tokenizer FOLDER]
 
-Without DATA: synthetic trees with UltraInteract's statistics (its interactive lines). The model, its weights and the
-code that runs them are the same for all three:
+All three hold the same comparisons. Without DATA these are synthetic trees with UltraInteract's statistics (its
+interactive lines). The model, its weights and the code that runs them are the same for all three:
 
-- tree: rows as the engine packs them;
-- unrolled: every sequence a document of its own; the sequences of as many comparisons of a tree as fit lie in one
-  row, each once, rows filled first-fit decreasing;
-- pairs: one row per comparison, its two sequences and padding to twice the longer one.
+- tree: rows are as the engine packs them;
+- unrolled: every sequence is a document of its own; the sequences of as many comparisons of a tree as fit are in one
+  row, each once, and rows are filled first-fit decreasing;
+- pairs: there is one row per comparison, with its two sequences and padding to twice the longer one.
 
 Losses and gradients are compared first, in float64. Then a forward and a backward pass over all rows is timed in
-float32, in turns. Operations counted are `silva.engine.model.flops.computed`: a weight 6 per token; a visible pair of
-tokens 14 x head size per head (the backward pass computes scores again); the output matrix 8 per weight and scored
-position (the backward pass computes logits again).
+float32, in turns. Operations are counted by `silva.engine.model.flops.computed`: 6 for a weight and token; 14 x head
+size per head for a visible pair of tokens (the backward pass computes scores again); 8 for a weight of the output
+matrix and scored position (the backward pass computes logits again).
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ from silva.engine.objectives import OBJECTIVES
 from silva.engine.recipe.schema import Data, Objective, Parallel, Source, Training
 from silva.engine.training.step import Step, StepSettings
 
-EQUAL = 1e-9  # relative; float64 sums in another order
-Bundle = list[tuple[int, int, int]]  # comparisons: tree, chosen, rejected
+# relative; float64 sums are taken in another order
+EQUAL = 1e-9
+# some comparisons, each as (tree, chosen, rejected)
+Bundle = list[tuple[int, int, int]]
 
 
 def tree_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]) -> list[TreeBatch]:
-    """As the engine packs them."""
+    """Pack rows as the engine does."""
     plan = BatchLoader(data, unit="comparison", global_batch=data.comparisons, row_length=row_length)
     return [
         pack_row(row, multiple=gpt.ROW_MULTIPLE, pad_id=0, reference_logprob=reference)
@@ -58,7 +60,7 @@ def tree_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]) ->
 
 
 def unrolled_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]) -> list[TreeBatch]:
-    """Nothing shared, each sequence of a row once."""
+    """Pack rows in which nothing is shared and each sequence of a row is there once."""
     bundles: list[tuple[int, Bundle]] = []
     for k in range(len(data)):
         group = data.group(k)
@@ -82,7 +84,7 @@ def unrolled_rows(data: DataSet, row_length: int, reference: NDArray[np.float32]
 
 
 def pair_rows(data: DataSet, reference: NDArray[np.float32]) -> list[TreeBatch]:
-    """One comparison a row, padded to twice its longer sequence."""
+    """Make one row per comparison, padded to twice its longer sequence."""
     found = []
     for k in range(len(data)):
         group = data.group(k)
@@ -93,7 +95,7 @@ def pair_rows(data: DataSet, reference: NDArray[np.float32]) -> list[TreeBatch]:
 
 
 def _documents(data: DataSet, bundle: Bundle, multiple: int, reference: NDArray[np.float32]) -> TreeBatch:
-    """One row in which every sequence of some comparisons is a document of its own."""
+    """Make one row in which every sequence of some comparisons is a document of its own."""
     place: dict[tuple[int, int], int] = {}
     pairs = [[place.setdefault((k, side), len(place)) for side in sides] for k, *sides in bundle]
     by_tree = {k: data.group(k) for k, _ in place}
@@ -116,7 +118,7 @@ def _documents(data: DataSet, bundle: Bundle, multiple: int, reference: NDArray[
 
 
 class Model:
-    """One copy of the checkpoint in one float type."""
+    """Holds one copy of the checkpoint in one float type."""
 
     def __init__(self, folder: Path, objective: str, dtype: torch.dtype, comparisons: int) -> None:
         self.objective, self.comparisons = OBJECTIVES[objective], comparisons
@@ -130,23 +132,29 @@ class Model:
         self.step = Step(chunks, made, self.objective, settings)
 
     def run(self, rows: list[TreeBatch]) -> float:
-        """Compute the loss; gradients are in the model's buffers."""
+        """Compute the loss; gradients are left in the model's buffers."""
         self.step.clear_gradients()
         return float(self.step.pass_over(rows, self.comparisons, training=True)[0]) / self.comparisons
 
     def gradients(self) -> list[Tensor]:
+        """Return copies of all gradients."""
         return [p.main_grad.clone() for p in self.step.chunks[0].parameters()]
 
     def operations(self, rows: list[TreeBatch]) -> float:
         """Count the floating-point operations of a forward and a backward pass (`flops.computed`)."""
         tokens = sum(len(row.tokens) for row in rows)
-        pairs = sum(int((row.position.long() + 1).sum()) for row in rows)  # a token sees its depth + 1 tokens
+        # a token at depth d sees d + 1 tokens
+        pairs = sum(int((row.position.long() + 1).sum()) for row in rows)
         scored = sum(len(row.target) for row in rows)
         return flops.computed(self.shape, self.objective.head).of(tokens=tokens, pairs=pairs, scored=scored)
 
 
 def apart(model: Model, rows: dict[str, list[TreeBatch]]) -> tuple[float, float]:
-    """Largest relative difference from the trees' loss, and from any parameter's gradient, over the layouts."""
+    """Return how far the other layouts are from the trees.
+
+    Returns:
+        The largest relative difference of the loss, and that of any parameter's gradient, over the layouts.
+    """
     loss = model.run(rows["tree"])
     gradients = model.gradients()
     losses, norms = [], []
@@ -161,14 +169,19 @@ def apart(model: Model, rows: dict[str, list[TreeBatch]]) -> tuple[float, float]
 
 
 def read(options: argparse.Namespace, cache: Path) -> DataSet:
-    """The comparisons to run."""
+    """Read or draw the comparisons to run.
+
+    Raises:
+        UserError: text is given without a tokenizer, or holds unpaired feedback.
+    """
     if options.data is None:
         size = {"scale": options.scale, "vocabulary": options.vocabulary}
         trees = ultrainteract.trees(options.trees, only="interactive", **size)
         return common.synthetic(trees, options.row_length)
     if options.tokenizer is None:
         raise UserError(f"{options.data}: text needs --tokenizer FOLDER")
-    absolute = options.objective == "bt_dr"  # read by no other objective
+    # no other objective reads it
+    absolute = options.objective == "bt_dr"
     source = Source(path=options.data, format=options.format, limit=options.limit, absolute=absolute)
     settings = Data(train=[source], row_length=options.row_length, too_long="drop", on_bad_row="skip")
     tokenizer = ChatTokenizer.load(options.tokenizer, chat_template=options.chat_template)
@@ -182,7 +195,7 @@ def read(options: argparse.Namespace, cache: Path) -> DataSet:
 
 
 def _first(group: TokenGroup, count: int) -> TokenGroup:
-    """The first comparisons of a tree."""
+    """Return a tree of the first comparisons of a tree."""
     pairs = group.comparisons[:count]
     used = np.unique(pairs[pairs != ABSENT])
     renumbered = np.where(pairs == ABSENT, ABSENT, np.searchsorted(used, pairs))
@@ -190,6 +203,7 @@ def _first(group: TokenGroup, count: int) -> TokenGroup:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -233,13 +247,17 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, work: Path) -> None:
-    """Check, time and print."""
+    """Check the results, time the layouts and print the figures.
+
+    Raises:
+        SystemExit: losses or gradients differ.
+    """
     data = read(options, work / "cache")
     reward = OBJECTIVES[options.objective].head == "reward"
     size = {"vocabulary": options.vocabulary, "hidden": options.hidden, "layers": options.layers}
     parameters = common.save_model(work / "model", reward=reward, **size)
     scored = np.concatenate([data.group(k).scored for k in range(len(data))])
-    # a reference near the policy's own scale, so that no loss is saturated
+    # the reference is near the policy's own scale, so that no loss is saturated
     noise = np.random.default_rng(0).normal(size=len(scored))
     reference = (noise - scored * np.log(options.vocabulary)).astype(np.float32)
     rows = {
@@ -264,7 +282,8 @@ def report(options: argparse.Namespace, work: Path) -> None:
 
     timed = {name: runs(part) for name, part in rows.items()}
     for part in rows.values():
-        model.run(part[:1])  # warm-up
+        # this is the warm-up
+        model.run(part[:1])
     seconds = common.in_turns(timed, options.repeats)
     faster = {name: common.ratio(seconds[name], seconds["tree"]) for name in rows}
     fewer = {name: operations[name] / operations["tree"] for name in rows}

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer and RewardTrainer on comparisons that are tokens already, for `vs_trl`."""
+"""Runs TRL's DPOTrainer and RewardTrainer on comparisons that are tokens already, for `vs_trl`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from benchmarks import common
 
 
 def score_labelled_only() -> None:
-    """Without Triton, TRL's output matrix goes over every position; let it take the scored ones, as on a GPU.
+    """Let TRL's output matrix take the scored positions only, as on a GPU.
 
-    What is replaced chooses the positions and nothing else.
+    Without Triton it goes over every position. What is replaced chooses the positions and nothing else.
     """
     trl.trainer.utils._use_triton = lambda device: True
 
@@ -37,6 +37,8 @@ class Collator:
         self.mask = mask
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the examples as one batch."""
+
         def padded(name: str) -> torch.Tensor:
             lists = [torch.tensor(e[f"{side}_{name}"]) for side in ("chosen", "rejected") for e in examples]
             return torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
@@ -53,11 +55,12 @@ class Collator:
 
 
 class _Recorded:
-    """Keeps the loss of every micro-batch, unrounded, and when every step ended."""
+    """Keeps the loss of every micro-batch, unrounded."""
 
     losses: list[float]
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """Compute the loss as TRL does, and keep it."""
         loss = super().compute_loss(*arguments, **options)  # type: ignore[misc]
         self.losses.append(float(loss.detach()))
         return loss
@@ -65,7 +68,8 @@ class _Recorded:
 
 class _Dpo(_Recorded, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *unused: Any, **unused_too: Any) -> Any:
-        return dataset  # already tokens
+        # the data set holds tokens already
+        return dataset
 
 
 class _Reward(_Recorded, RewardTrainer):
@@ -73,15 +77,18 @@ class _Reward(_Recorded, RewardTrainer):
 
 
 class _Clock(transformers.TrainerCallback):
+    """Keeps the time at which every step ended."""
+
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *unused: Any, **unused_too: Any) -> None:
+        """Keep the time."""
         self.ends.append(time.perf_counter())
 
 
 class Trl:
-    """TRL on the same comparisons."""
+    """Runs TRL on the same comparisons."""
 
     def __init__(
         self, objective: str, pairs: datasets.Dataset, micro_batch: int, model: Path, work: Path,
@@ -107,9 +114,8 @@ class Trl:
             "disable_tqdm": True,
             "logging_strategy": "no",
         }
-        tokenizer = AutoTokenizer.from_pretrained(
-            work / "tokenizer"
-        )  # TRL asks it for the padding token alone
+        # TRL asks it for the padding token alone
+        tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
         shared = {"train_dataset": pairs, "processing_class": tokenizer}
         self.trainer: Any
         if objective == "dpo":
@@ -126,7 +132,11 @@ class Trl:
         self.accumulated = options.batch // micro_batch
 
     def run(self, steps: int) -> tuple[list[float], list[float]]:
-        """(losses, seconds of the steps behind the first), collation included."""
+        """Train for some steps.
+
+        Returns:
+            (losses, seconds of the steps after the first), collation included.
+        """
         self.trainer.losses, self.clock.ends = [], []
         self.trainer.args.max_steps = steps
         self.trainer.train()

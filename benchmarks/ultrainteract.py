@@ -1,23 +1,26 @@
-"""Synthetic preference trees with UltraInteract's published statistics, as rows, as text and as tokens; deterministic.
+"""Draws synthetic preference trees with UltraInteract's published statistics, as rows, as text and as tokens.
 
-**Published** (arXiv 2404.02078, Table 1, which also stands in the data set's README): per line instructions,
-trajectories that end after 1 to 5 turns, tokens per trajectory, pairs. Lines without interaction hold several
-single-turn pairs per instruction. Their "trajectories per instruction" are not used: for coding the table says 5.5,
-its own counts give 92,618 / 8,495 = 10.9.
+What is drawn depends on the seed alone.
 
-**Derived.** A trajectory of t turns is an instruction, t actions and t - 1 observations. With I, A, O for their mean
-lengths, a task's line without interaction gives I + A, its lines with interaction (tokens - (I + A)) / (turns - 1) =
-A + O. A turn of an interactive line has a pair with probability pairs / turns; the expected number of pairs is the
-published one. A tree without a pair is not drawn: pair data does not hold it.
+**Published** (arXiv 2404.02078, Table 1, which is also in the data set's README) are, for each line, the instructions,
+the trajectories that end after 1 to 5 turns, the tokens per trajectory, and the pairs. Lines without interaction hold
+several single-turn pairs per instruction. Their "trajectories per instruction" are not used: for coding the table says
+5.5, but its own counts give 92,618 / 8,495 = 10.9.
 
-**Assumed**, because it is not published:
+**Derived** are the mean lengths. A trajectory of t turns is an instruction, t actions and t - 1 observations. With I,
+A, O for their mean lengths, a task's line without interaction gives I + A, and its line with interaction gives
+(tokens - (I + A)) / (turns - 1) = A + O. A turn of an interactive line has a pair with probability pairs / turns; the
+expected number of pairs is the published one. A tree without a pair is not drawn, because pair data does not hold it.
+
+**Assumed**, because it is not published, is the following:
 - the split: an action is 0.68 of I + A and 0.56 of A + O (means over the rows in the data set's README, Mistral's
-  tokenizer); where both are known the smaller, so that no part is negative; logic has no line without interaction and
-  takes A and O from math without tools;
+  tokenizer); where both are known the smaller is taken, so that no part is negative; logic has no line without
+  interaction and takes A and O from math without tools;
 - lengths are log-normal about their means with SIGMA = 0.5, independent of each other and of the depth;
 - tokens are uniform: no two texts share anything. Real actions often start alike, so real trees share a little more;
-- UltraFeedback: 63,967 prompts x 4 completions, 340K pairs (the Eurus paper), 185 and 305 tokens (arXiv 2310.01377,
-  means over prompts and completions); UltraSafety: 3,000 prompts, one pair, lengths as UltraFeedback's.
+- UltraFeedback has 63,967 prompts x 4 completions and 340K pairs (the Eurus paper), with 185 and 305 tokens (arXiv
+  2310.01377, means over prompts and completions); UltraSafety has 3,000 prompts with one pair each, and lengths as
+  UltraFeedback's.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ from silva.engine.data.text.chat import TokenSequence
 from silva.engine.data.trees.group import TokenGroup
 
 SIGMA = 0.5
-SHORTEST = 4  # tokens of the shortest text
+# tokens of the shortest text
+SHORTEST = 4
 ACTION_OF_FIRST_TURN, ACTION_OF_LATER_TURN = 0.68, 0.56
-UNKNOWN, BOS, EOS, OPEN, CLOSE, WORDS = range(6)  # ids; words are numbers, "0" has the id WORDS
+# token ids; words are numbers, and "0" has the id WORDS
+UNKNOWN, BOS, EOS, OPEN, CLOSE, WORDS = range(6)
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
@@ -51,11 +56,22 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Line:
-    """One line of Table 1; the last three are the mean lengths derived from it."""
+    """Holds one line of Table 1, and the mean lengths derived from it.
+
+    Attributes:
+        name: of the line.
+        turns: trajectories that end after 1, 2, ... turns.
+        tokens: per trajectory.
+        pairs: number of pairs.
+        instructions: number of instructions.
+        instruction: mean tokens of an instruction, derived.
+        action: mean tokens of an action, derived.
+        observation: mean tokens of an observation, derived.
+    """
 
     name: str
-    turns: tuple[int, ...]  # trajectories that end after 1, 2, ... turns
-    tokens: float  # per trajectory
+    turns: tuple[int, ...]
+    tokens: float
     pairs: int
     instructions: int
     instruction: float = 0.0
@@ -65,11 +81,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Tree:
-    """One instruction and its (chosen, rejected) conversations."""
+    """Holds one instruction and its (chosen, rejected) conversations.
+
+    Attributes:
+        name: of the line or data set.
+        pairs: (chosen, rejected) conversations.
+        absolute: whether the pairs get the absolute-reward term, which those of UltraInteract do.
+        depth: number of turns.
+    """
 
     name: str
     pairs: tuple[tuple[Conversation, Conversation], ...]
-    absolute: bool  # of UltraInteract: the pairs that get the absolute-reward term
+    absolute: bool
     depth: int = 1
 
 
@@ -90,11 +113,12 @@ _INTERACTIVE = (
 
 
 def table() -> tuple[Line, ...]:
-    """Table 1 with the mean lengths derived from it."""
+    """Return Table 1 with the mean lengths derived from it."""
     single = [_with_lengths(line, line.tokens * ACTION_OF_FIRST_TURN, 0.0) for line in _SINGLE]
     lines = list(single)
     for line, first in zip(_INTERACTIVE[:3], _SINGLE, strict=True):
-        later = (line.tokens - first.tokens) / (mean_turns(line) - 1)  # A + O
+        # this is A + O
+        later = (line.tokens - first.tokens) / (mean_turns(line) - 1)
         action = min(ACTION_OF_FIRST_TURN * first.tokens, ACTION_OF_LATER_TURN * later)
         lines.append(_with_lengths(line, action, later - action))
     like = lines[4]
@@ -103,7 +127,7 @@ def table() -> tuple[Line, ...]:
 
 
 def mean_turns(line: Line) -> float:
-    """Turns per trajectory."""
+    """Return the mean number of turns per trajectory."""
     return sum(t * count for t, count in enumerate(line.turns, start=1)) / sum(line.turns)
 
 
@@ -124,11 +148,12 @@ class _Writer:
         self.words, self.scale = vocabulary - WORDS, scale
 
     def text(self, mean: float) -> str:
+        """Draw a text whose length is `mean` tokens on average, before `scale`."""
         length = self.random.lognormal(-(SIGMA**2) / 2, SIGMA) * mean * self.scale
         return " ".join(map(str, self.random.integers(0, self.words, max(SHORTEST, round(length))).tolist()))
 
     def interactive(self, line: Line, paired: tuple[bool, ...]) -> Tree:
-        """A tree of `len(paired)` turns: the incorrect action of each turn goes on, the correct one ends."""
+        """Draw a tree of `len(paired)` turns: the incorrect action of each turn goes on, the correct one ends."""
         path: Conversation = (Message("user", self.text(line.instruction)),)
         pairs = []
         for has_pair in paired:
@@ -139,7 +164,7 @@ class _Writer:
         return Tree(line.name, tuple(pairs), True, len(paired))
 
     def single(self, name: str, instruction: float, action: float, pairs: int) -> Tree:
-        """An instruction with `pairs` (correct, incorrect) actions of its own each."""
+        """Draw an instruction with `pairs` pairs of a correct and an incorrect action, all of them different."""
         user = Message("user", self.text(instruction))
 
         def answer() -> Conversation:
@@ -149,7 +174,7 @@ class _Writer:
         return Tree(name, tuple(drawn), True)
 
     def feedback(self, pairs: int) -> Tree:
-        """UltraFeedback's form: `pairs` of the 6 pairs of 4 completions."""
+        """Draw a tree of UltraFeedback's form: `pairs` of the 6 pairs of 4 completions."""
         user = Message("user", self.text(185))
         answers = [(user, Message("assistant", self.text(305))) for _ in range(4)]
         every = list(itertools.combinations(answers, 2))
@@ -160,9 +185,12 @@ class _Writer:
 def trees(
     count: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0, only: str = "all"
 ) -> list[Tree]:
-    """Draw trees of UltraInteract's pairs; kinds of trees stand in their published proportions, as nearly as possible.
+    """Draw trees of UltraInteract's pairs; kinds of trees have their published proportions, as nearly as possible.
 
     Args:
+        count: number of trees.
+        seed: of the draw.
+        vocabulary: number of token ids.
         scale: of all lengths.
         only: "all", or "interactive": the lines with interaction alone, which make up 115K of the 220K pairs.
     """
@@ -209,7 +237,11 @@ def enough(make: Callable[[int], list[Tree]], comparisons: int) -> list[Tree]:
 
 
 def _kinds(only: str) -> list[tuple[float, Line, int | tuple[bool, ...]]]:
-    """(number of trees in UltraInteract, line, pairs of a single turn or which turns have a pair)."""
+    """Return every kind of tree.
+
+    Returns:
+        (number of trees in UltraInteract, line, pairs of a single turn or which turns have a pair) of each kind.
+    """
     lines = table()
     kinds: list[tuple[float, Line, int | tuple[bool, ...]]] = []
     for line in lines[:3] if only == "all" else ():
@@ -227,7 +259,11 @@ def _kinds(only: str) -> list[tuple[float, Line, int | tuple[bool, ...]]]:
 
 
 def _spread(weights: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """(count,) indices in proportion to `weights` (systematic sampling), in random order."""
+    """Draw indices in proportion to `weights` (systematic sampling).
+
+    Returns:
+        (count,) indices, in random order.
+    """
     ends = np.cumsum(weights) / weights.sum()
     places = (np.arange(count) + random.random()) / max(1, count)
     return random.permutation(np.minimum(np.searchsorted(ends, places, "right"), len(weights) - 1))
@@ -239,13 +275,13 @@ def _spread(weights: np.ndarray, count: int, random: np.random.Generator) -> np.
 def groups(
     count: int, *, seed: int = 0, vocabulary: int = 32_000, scale: float = 1.0, only: str = "interactive"
 ) -> list[TokenGroup]:
-    """Draw trees as tokens; arguments as in `trees`, by default of the lines with interaction."""
+    """Draw trees as tokens; arguments are as in `trees`, by default of the lines with interaction."""
     drawn = trees(count, seed=seed, vocabulary=vocabulary, scale=scale, only=only)
     return [group(tree) for tree in drawn]
 
 
 def group(tree: Tree) -> TokenGroup:
-    """Return the tree as the engine tokenizes it with `tokenizer`."""
+    """Return the tree as the engine tokenizes it with the tokenizer of `save_tokenizer`."""
     place: dict[Conversation, int] = {}
     pairs = [
         (place.setdefault(chosen, len(place)), place.setdefault(rejected, len(place)))
@@ -267,7 +303,7 @@ def _encode(conversation: Conversation) -> TokenSequence:
 
 
 def rows(drawn: Sequence[Tree]) -> Iterator[dict[str, Any]]:
-    """Rows of format `ultrainteract_pair`."""
+    """Yield trees as rows of format `ultrainteract_pair`."""
     for number, tree in enumerate(drawn):
         for chosen, rejected in tree.pairs:
             turn = sum(message.role == "user" for message in chosen)
@@ -281,7 +317,7 @@ def rows(drawn: Sequence[Tree]) -> Iterator[dict[str, Any]]:
 
 
 def save_tokenizer(folder: Path, vocabulary: int = 32_000) -> Path:
-    """The tokenizer of these texts: one token a word."""
+    """Save the tokenizer of these texts, for which a word is one token."""
     special = {"<unk>": UNKNOWN, "<s>": BOS, "</s>": EOS, "[INST]": OPEN, "[/INST]": CLOSE}
     words = special | {str(word): WORDS + word for word in range(vocabulary - WORDS)}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

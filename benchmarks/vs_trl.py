@@ -1,19 +1,21 @@
-"""TRL's DPOTrainer and RewardTrainer beside Silva's trainer: same weights, comparisons, batches and learning rate.
+"""Compares TRL's DPOTrainer and RewardTrainer with Silva's trainer.
 
     python -m benchmarks.vs_trl [DATA ...] [--tokenizer FOLDER]     DATA is path:format[:field=column,...]
 
-Always measured: synthetic trees with UltraInteract's statistics (all of it, and its interactive lines alone) and
-synthetic pairs that share only a short prompt; DATA adds data sets of yours, read with `--tokenizer`.
+Both have the same weights, comparisons, batches and learning rate. Always measured are synthetic trees with
+UltraInteract's statistics (all of it, and its interactive lines alone) and synthetic pairs that share only a short
+prompt; DATA adds data sets of yours, read with `--tokenizer`.
 
-One process, float32, one thread pool. Silva runs its recipe path (`Trainer.train_step` over its own packed batches,
-packing included); TRL gets the token ids and the scored positions of the very same comparisons, in the same order,
-through its `data_collator` (right-padded as its own collators do). Both have the reference log-probs of DPO computed
-beforehand, which is not timed; neither recomputes activations. A repetition runs the same steps with one, then with the
-other; the first step of each is not counted.
+Both run in one process, in float32, with one thread pool. Silva runs its recipe path (`Trainer.train_step` over its
+own packed batches, packing included). TRL gets the token ids and the scored positions of the very same comparisons, in
+the same order, through its `data_collator`, which pads on the right as TRL's own collators do. Both have the reference
+log-probs of DPO computed beforehand, which is not timed; neither recomputes activations. A repetition runs the same
+steps with one, then with the other; the first step of each is not counted.
 
-TRL at its best on a CPU: of several micro-batch sizes the fastest is taken; without Triton, TRL's output matrix goes
-over every position, prompts and padding too, and here only over the scored ones, as on a GPU (`--trl-as-shipped`
-leaves it). Its `padding_free` is disabled in 1.16 ("temporarily unavailable"), so it pads.
+TRL runs at its best on a CPU. Of several micro-batch sizes the fastest is taken. Without Triton, TRL's output matrix
+goes over every position, prompts and padding too; here it goes only over the scored ones, as on a GPU
+(`--trl-as-shipped` leaves it as it is). TRL's `padding_free` is disabled in 1.16 ("temporarily unavailable"), so it
+pads.
 """
 
 from __future__ import annotations
@@ -43,35 +45,53 @@ from silva.engine.errors import UserError
 from silva.engine.recipe.schema import Parallel, Recipe, Source
 from silva.engine.training.trainer import Trainer
 
-CLOSE = 1e-4  # losses; both compute in float32, and AdamW amplifies rounding from step to step
+# largest difference of losses; both compute in float32, and AdamW amplifies rounding from step to step
+CLOSE = 1e-4
 OBJECTIVES = ("dpo", "bt")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One data set."""
+    """Describes one data set.
+
+    Attributes:
+        name: of the data set.
+        source: where its rows are.
+        tokenizer: its folder; None: that of the synthetic data.
+        vocabulary: number of token ids.
+    """
 
     name: str
     source: Source
-    tokenizer: Path | None  # None: that of the shapes
+    tokenizer: Path | None
     vocabulary: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds per comparison of each repetition, and how far the losses of the first were apart."""
+    """Holds what was measured of one data set and objective.
+
+    Attributes:
+        parameters: of the model.
+        silva: seconds per comparison of each repetition.
+        trl: seconds per comparison of each repetition.
+        micro_batch: the size that TRL is fastest with.
+        loss_difference: the largest one between the losses of the first repetition.
+        pair_tokens: tokens of the timed steps, in two sequences per comparison.
+        unique_tokens: tokens of the timed steps, in trees.
+    """
 
     parameters: int
     silva: list[float]
     trl: list[float]
     micro_batch: int
     loss_difference: float
-    pair_tokens: int  # of the timed steps: two sequences a comparison
+    pair_tokens: int
     unique_tokens: int
 
 
 class Silva:
-    """The engine, as a recipe runs it."""
+    """Runs the engine as a recipe does."""
 
     def __init__(self, case: Case, objective: str, model: Path, work: Path, options: argparse.Namespace):
         raw = {
@@ -104,7 +124,7 @@ class Silva:
         self.unique = 0
 
     def comparisons(self, count: int) -> Iterator[dict[str, list[int]]]:
-        """The first `count` comparisons in the order of the data, with the scored positions as a mask."""
+        """Yield the first `count` comparisons in the order of the data, with the scored positions as a mask."""
         data = self.trainer.inputs.data
         for k in range(len(data)):
             group = data.group(k)
@@ -122,13 +142,18 @@ class Silva:
                 }
 
     def run(self, steps: int) -> tuple[list[float], list[float]]:
-        """(losses, seconds of the steps behind the first), packing included."""
+        """Train for some steps.
+
+        Returns:
+            (losses, seconds of the steps after the first), packing included.
+        """
         losses, ends = [], []
         self.unique = 0
         for step, batch in self.trainer.inputs.batches.prefetch(0, steps):
             losses.append(self.trainer.train_step(step, batch)["loss"])
             ends.append(time.perf_counter())
-            self.unique += batch.unique if step else 0  # of the timed steps
+            # the first step is not timed
+            self.unique += batch.unique if step else 0
         return losses, common.between(ends)
 
 
@@ -145,10 +170,10 @@ def measure(case: Case, objective: str, work: Path, options: argparse.Namespace)
     silva = Silva(case, objective, model, work, options)
     steps = options.steps + 1
     pairs = datasets.Dataset.from_list(list(silva.comparisons(options.batch * steps)))
-    # the pass over the reference policy, inside, has warmed it up
+    # no warm-up is needed: TRL's pass over the reference policy has been one
     tried = {size: Trl(objective, pairs, size, model, work, options) for size in options.micro_batches}
     micro_batch = min(tried, key=lambda size: _seconds_of_a_step(tried[size]))
-    # a fresh one: the trials have moved the weights
+    # a fresh one is needed, because the trials have changed the weights
     peer = Trl(objective, pairs, micro_batch, model, work, options)
     seconds: dict[str, list[float]] = {"silva": [], "trl": []}
     apart = 0.0
@@ -173,7 +198,11 @@ def _seconds_of_a_step(peer: Trl) -> float:
 
 
 def cases(options: argparse.Namespace, work: Path) -> list[Case]:
-    """The synthetic data sets and those of the command line."""
+    """Return the synthetic data sets and those of the command line.
+
+    Raises:
+        UserError: data sets of text are given without a tokenizer.
+    """
     needed = options.batch * (options.steps + 1)
     size: Any = {"scale": options.scale, "vocabulary": options.vocabulary}
     makers = {
@@ -200,6 +229,7 @@ def cases(options: argparse.Namespace, work: Path) -> list[Case]:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -236,11 +266,12 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Run every case and print what came out."""
+    """Run every case and print the results."""
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     os.environ["TQDM_DISABLE"] = "1"
-    warnings.simplefilter("ignore", FutureWarning)  # transformers and torch renaming their own functions
+    # transformers and torch warn about functions of their own that they rename
+    warnings.simplefilter("ignore", FutureWarning)
     if not options.trl_as_shipped:
         score_labelled_only()
     if options.threads:

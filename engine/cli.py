@@ -1,4 +1,4 @@
-"""What the command-line programs share: how a user's mistake ends, and who speaks."""
+"""Runs the work of a command-line program, and ends a user's mistake in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from silva.engine.errors import UserError
 from silva.engine.progress import is_first_process
 
-# megatron-core talking to its own developers: old names of its options and of torch's, and a look at a `.grad`
-# that it knows may be absent. A user can do nothing about them.
+# These warnings of megatron-core are meant for its own developers. They are about old names of its options and of
+# torch's, and about a `.grad` that megatron-core reads although it may be absent. A user can do nothing about them.
 HARMLESS = (
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
@@ -22,10 +22,17 @@ HARMLESS = (
 
 
 def run(work: Callable[[], None]) -> int:
-    """Do the work; the exit code is 0, or 2 after one line on stderr for bad input.
+    """Do the work and return the program's exit code.
 
-    Other processes of a run prefix theirs with the rank: a file can be missing on one node only. Where others are left
-    that this process has a group with, it does not return but ends at once, so that torchrun ends them too.
+    Processes other than the first one name their rank in the error line, because a file can be missing on one node
+    only. If this process fails and is in a process group with others, the function does not return: it ends the
+    process at once, so that torchrun ends the others too.
+
+    Args:
+        work: what the program does; it raises UserError for bad input.
+
+    Returns:
+        0, or 2 after one line on stderr for bad input.
     """
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message)
@@ -33,7 +40,8 @@ def run(work: Callable[[], None]) -> int:
         work()
     except UserError as error:
         who = "silva" if is_first_process() else f"silva (rank {os.environ['RANK']})"
-        message = " ".join(str(error).splitlines())  # a library's words inside it may hold line breaks
+        # a library's message quoted in it may hold line breaks
+        message = " ".join(str(error).splitlines())
         print(f"{who}: error: {message}", file=sys.stderr)
         code = 2
     except BaseException:
@@ -51,5 +59,6 @@ def run(work: Callable[[], None]) -> int:
 
 
 def _others_are_left() -> bool:
+    """Tell whether this process is in a process group with others, which would wait for it."""
     dist: Any = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

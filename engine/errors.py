@@ -1,9 +1,9 @@
-"""The one exception a user's mistake raises: its text is a whole, clear line."""
+"""Defines the exception that a user's mistake raises; its text is a whole, clear line."""
 
 
 class UserError(Exception):
-    """Bad input of any kind (recipe, data, checkpoint, layout).
+    """Reports bad input of any kind (recipe, data, checkpoint, layout).
 
-    The message names the file and the row or key, what was found and what to do. The command-line programs
-    print it as one line and exit with code 2; nothing else catches it.
+    The message names the file and the row or key, what was found and what to do. The command-line programs print it as
+    one line and exit with code 2.
     """

@@ -1,6 +1,8 @@
-"""`python -m silva.engine.export RECIPE [key.path=value ...]`: the newest checkpoint of a run as a Hugging Face one.
+"""Exports the newest checkpoint of a run as a Hugging Face checkpoint.
 
-For a run that was interrupted, or to export in another number type or format; on any layout.
+    python -m silva.engine.export RECIPE [key.path=value ...]
+
+It serves a run that was interrupted, or exports in another number type or format. The layout may be any.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from silva.engine.training.publish import export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one line that says what is wrong with the input."""
+    """Export what the command line asks for.
+
+    Args:
+        arguments: of the command line; None for those of this process.
+
+    Returns:
+        The exit code: 0, or 2 after one line that says what is wrong with the input.
+    """
     parser = argparse.ArgumentParser(
         prog="silva.engine.export",
         description="Write the newest checkpoint of a run as a Hugging Face folder.",

@@ -1,4 +1,4 @@
-"""Define the losses: pure functions from log-probabilities or rewards to one loss and two rewards per comparison.
+"""Defines the losses: pure functions from log-probabilities or rewards to one loss and two rewards per comparison.
 
 Nothing here knows a model, a recipe file or a process group. What a loss needs from the whole global batch (KTO's KL
 estimate) comes in as an argument; the training step divides by the global count.
@@ -8,8 +8,8 @@ estimate) comes in as an argument; the training step divides by the global count
     sigma = the logistic function
 
 Every function takes (P,) tensors, one entry per comparison, and computes in at least float32 (bfloat16 and float16 are
-widened first, float64 stays). The loss carries the gradient; the two rewards are detached, since they are there to be
-looked at.
+widened first, float64 stays). The loss carries the gradient; the two rewards are detached, since they are only
+reported.
 
 A new loss is one function and one row of the table at the end. The function's signature says what it needs: each of
 its parameters is one of `INPUTS`, or a key of the recipe's `objective` section (`silva.engine.recipe.schema`). It then
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-# What a loss may be given, by the name of its parameter; each (P,) but the first and `kl`.
+# The inputs that a loss may ask for, by the name of its parameter. Each is (P,), except `policy` and `kl`.
 INPUTS = {
     "policy": "(N,) log-probs, one per sequence: a loss without comparisons",
     "policy_chosen": "log-probs under the policy",
@@ -48,7 +48,10 @@ INPUTS = {
 
 
 class Preference(NamedTuple):
-    """Holds what a loss returns, each (P,), at least float32; a loss of single sequences has (N,) and no rewards."""
+    """Holds what a loss returns: three tensors (P,) of at least float32.
+
+    A loss of single sequences has an (N,) loss and empty rewards.
+    """
 
     loss: Tensor
     chosen_reward: Tensor
@@ -75,13 +78,13 @@ def _preference(loss: Tensor, chosen_reward: Tensor, rejected_reward: Tensor) ->
 def sft(policy: Tensor) -> Preference:
     """Compute -log pi(response), summed over its scored tokens.
 
-    Divided by the global count of scored tokens this is the mean cross-entropy.
+    Divided by the global count of scored tokens, this is the mean cross-entropy.
 
     Args:
         policy: (N,) log-probs, one per *sequence*.
 
     Returns:
-        An (N,) loss and two empty rewards.
+        The (N,) loss and two empty rewards.
     """
     loss = -_wide(policy)
     return _preference(loss, loss.new_empty(0), loss.new_empty(0))
@@ -95,7 +98,10 @@ def dpo(
     *,
     beta: float,
 ) -> Preference:
-    """Compute -log sigma(r_c - r_r). Rafailov et al. 2023, arXiv 2305.18290, eq. 7."""
+    """Compute -log sigma(r_c - r_r).
+
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7.
+    """
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
     return _preference(-logsigmoid(chosen - rejected), chosen, rejected)
@@ -112,14 +118,21 @@ def ipo(
     beta: float,
     ipo_average: bool = True,
 ) -> Preference:
-    """Compute (s_c - s_r - 1/(2 beta))^2. Azar et al. 2023, arXiv 2310.12036, eq. 17 (beta is the paper's tau).
+    """Compute (s_c - s_r - 1/(2 beta))^2.
 
-    The rewards are beta * (summed s) either way, so that they compare with the other objectives'.
+    Azar et al. 2023, arXiv 2310.12036, eq. 17 (beta is the paper's tau). The rewards are beta * (summed s), whatever
+    `ipo_average` says, so that they compare with those of the other objectives.
 
     Args:
-        chosen_length, rejected_length: (P,) scored tokens.
-        ipo_average: take s as a mean per token, as TRL and HALOs do, so that the squared loss does not grow with the
-            length of a response; without it s is the sum, as the paper writes it.
+        policy_chosen: (P,) log-probs under the policy.
+        policy_rejected: (P,) log-probs under the policy.
+        reference_chosen: (P,) log-probs under the reference policy.
+        reference_rejected: (P,) log-probs under the reference policy.
+        chosen_length: (P,) scored tokens.
+        rejected_length: (P,) scored tokens.
+        beta: the factor of the rewards.
+        ipo_average: whether s is a mean per token, as TRL and HALOs take it, so that the squared loss does not grow
+            with the length of a response; without it s is the sum, as the paper writes it.
     """
     chosen = _log_ratio(policy_chosen, reference_chosen)
     rejected = _log_ratio(policy_rejected, reference_rejected)
@@ -141,7 +154,7 @@ def cdpo(
 ) -> Preference:
     """Compute -(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c), e = label_smoothing.
 
-    It is DPO when a share e of the labels is flipped. Mitchell 2023, "A note on DPO with noisy preferences and
+    This is DPO for labels of which a share e is flipped. Mitchell 2023, "A note on DPO with noisy preferences and
     relationship to IPO". TRL's "robust" is another loss (rDPO, arXiv 2403.00409): it *subtracts* the flipped term and
     divides by 1 - 2e.
     """
@@ -162,7 +175,7 @@ def hinge(
 ) -> Preference:
     """Compute max(0, 1 - (r_c - r_r)).
 
-    SLiC-HF's loss (arXiv 2305.10425) in the normalised form of RSO, Liu et al. 2023, arXiv 2309.06657.
+    This is SLiC-HF's loss (arXiv 2305.10425) in the normalised form of RSO, Liu et al. 2023, arXiv 2309.06657.
     """
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
@@ -202,17 +215,26 @@ def kto(
 ) -> Preference:
     """Compute lambda_D (1 - sigma(r_c - z0)) + lambda_U (1 - sigma(z0 - r_r)), z0 = max(0, beta * kl), detached.
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, section 4. The loss sums both sides: divide by the number of sides, not
-    of comparisons. An absent side adds no loss, no gradient and the reward 0; its inputs must be finite.
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4. The loss sums both sides, so it is divided by the number of
+    sides, not of comparisons. An absent side adds no loss and no gradient, and has the reward 0; its inputs must be
+    finite.
 
     Args:
+        policy_chosen: (P,) log-probs under the policy.
+        policy_rejected: (P,) log-probs under the policy.
+        reference_chosen: (P,) log-probs under the reference policy.
+        reference_rejected: (P,) log-probs under the reference policy.
         kl: scalar, the mean of s over the mismatched pairs of the *global batch*; clamped and detached here.
-        has_chosen, has_rejected: (P,) bool; None: all are there.
+        beta: the factor of the rewards.
+        lambda_desirable: lambda_D, the weight of chosen sides.
+        lambda_undesirable: lambda_U, the weight of rejected sides.
+        has_chosen: (P,) bool, whether the side is present; None if all are.
+        has_rejected: (P,) bool, whether the side is present; None if all are.
     """
     chosen = beta * _log_ratio(policy_chosen, reference_chosen)
     rejected = beta * _log_ratio(policy_rejected, reference_rejected)
     baseline = beta * _wide(kl).detach().clamp(min=0)
-    # 1 - sigma(x) is sigma(-x), which keeps its digits where sigma(x) has rounded to 1.
+    # 1 - sigma(x) is sigma(-x), which keeps its digits where sigma(x) has rounded to 1
     chosen_loss = lambda_desirable * torch.sigmoid(baseline - chosen)
     rejected_loss = lambda_undesirable * torch.sigmoid(rejected - baseline)
     if has_chosen is not None:
@@ -231,7 +253,7 @@ def simpo(
     beta: float,
     gamma: float,
 ) -> Preference:
-    """Compute -log sigma(r_c - r_r - gamma), r = beta * mean per token of log pi; no reference policy.
+    """Compute -log sigma(r_c - r_r - gamma), r = beta * mean per token of log pi, without a reference policy.
 
     Meng et al. 2024, arXiv 2405.14734, eq. 6 (its beta is 2 to 10, far above DPO's).
     """
@@ -253,8 +275,8 @@ def orpo(
     log p is the mean per token of log pi, and odds(p) = p / (1 - p). Hong et al. 2024, arXiv 2403.07691, eq. 4, 6 and
     7 (beta is the paper's lambda).
 
-    The first term is the chosen response's own token mean, as in the paper; TRL takes one mean over all
-    tokens of the micro-batch, prompts included.
+    The first term is the chosen response's own token mean, as in the paper; TRL takes one mean over all tokens of the
+    micro-batch, prompts included.
     """
     chosen = _token_mean(_wide(policy_chosen), chosen_length)
     rejected = _token_mean(_wide(policy_rejected), rejected_length)
@@ -263,27 +285,31 @@ def orpo(
 
 
 def _log1m_exp(x: Tensor) -> Tensor:
-    """Compute log(1 - exp(x)) for x <= 0, by the branch that does not cancel.
+    """Compute log(1 - exp(x)) for x <= 0, by that one of two formulas which loses no digits to cancellation.
 
-    A probability that rounds to 1 has infinite odds; it is held one rounding step below 1, where value and
-    gradient are finite.
+    A probability that rounds to 1 has infinite odds; it is held one rounding step below 1, where value and gradient
+    are finite.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     return torch.where(x < -0.6931471805599453, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
 
 
 def bt(reward_chosen: Tensor, reward_rejected: Tensor) -> Preference:
-    """Compute -log sigma(R_c - R_r), R the reward head's output.
+    """Compute -log sigma(R_c - R_r), where R is the reward head's output.
 
-    Bradley-Terry; Ouyang et al. 2022, arXiv 2203.02155, eq. 1.
+    This is the Bradley-Terry loss; Ouyang et al. 2022, arXiv 2203.02155, eq. 1.
     """
     return bt_margin(reward_chosen, reward_rejected, margin=0.0)
 
 
 def bt_margin(reward_chosen: Tensor, reward_rejected: Tensor, *, margin: float | Tensor) -> Preference:
-    """Compute -log sigma(R_c - R_r - margin). Touvron et al. 2023 (Llama 2), arXiv 2307.09288, eq. 2.
+    """Compute -log sigma(R_c - R_r - margin).
+
+    Touvron et al. 2023 (Llama 2), arXiv 2307.09288, eq. 2.
 
     Args:
+        reward_chosen: (P,) rewards of the reward head.
+        reward_rejected: (P,) rewards of the reward head.
         margin: one number, or (P,).
     """
     chosen, rejected = _wide(reward_chosen), _wide(reward_rejected)
@@ -296,7 +322,9 @@ def bt_dr(reward_chosen: Tensor, reward_rejected: Tensor, absolute: Tensor) -> P
     Yuan et al. 2024 (Eurus), arXiv 2404.02078, section 3.
 
     Args:
-        absolute: (P,) bool, where the last two terms are added.
+        reward_chosen: (P,) rewards of the reward head.
+        reward_rejected: (P,) rewards of the reward head.
+        absolute: (P,) bool, whether the last two terms are added.
     """
     chosen, rejected = _wide(reward_chosen), _wide(reward_rejected)
     direct = -logsigmoid(chosen) - logsigmoid(-rejected)
@@ -310,11 +338,11 @@ Unit = Literal["token", "comparison", "side"]
 
 @dataclass(frozen=True)
 class Objective:
-    """Holds one row of the table: a loss, and what the global count that it is divided by counts.
+    """Holds one row of the table: a loss, and the unit of the global count that it is divided by.
 
     Attributes:
         function: the loss; its parameters are `INPUTS` and keys of the recipe.
-        unit: scored tokens, comparisons, or present sides of comparisons.
+        unit: "token" (scored tokens), "comparison", or "side" (present sides of comparisons).
     """
 
     function: Callable[..., Preference]
@@ -322,26 +350,27 @@ class Objective:
 
     @property
     def name(self) -> str:
+        """Return the function's name, which is a value of `objective.name` in a recipe."""
         return self.function.__name__
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Name the `INPUTS` that the loss reads."""
+        """Return the names of the `INPUTS` that the loss reads."""
         return tuple(name for name in inspect.signature(self.function).parameters if name in INPUTS)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Name the keys of the recipe's `objective` section that the loss reads."""
+        """Return the keys of the recipe's `objective` section that the loss reads."""
         return tuple(name for name in inspect.signature(self.function).parameters if name not in INPUTS)
 
     @property
     def head(self) -> Literal["lm", "reward"]:
-        """Tell what the model has to give for every sequence: a log-prob or a reward."""
+        """Return which head the model needs: "lm" gives log-probs, "reward" gives a reward for every sequence."""
         return "reward" if "reward_chosen" in self.inputs else "lm"
 
     @property
     def pairwise(self) -> bool:
-        """Tell whether it is a loss of comparisons, not of single sequences."""
+        """Tell whether this is a loss of comparisons, not of single sequences."""
         return "policy" not in self.inputs
 
     @property
@@ -368,7 +397,7 @@ class Objective:
 
         Args:
             values: (N,) log-probs or rewards.
-            reference: (N,) log-probs, read only if `needs_reference`.
+            reference: (N,) log-probs under the reference policy, read only if `needs_reference`.
             lengths: (N,) scored tokens.
             comparisons: (P, 2) integer, (chosen, rejected); -1 for an absent side, which only a loss that reads
                 `has_chosen` and `has_rejected` takes.
@@ -376,8 +405,11 @@ class Objective:
             kl: scalar, read only if `needs_kl`.
             settings: the recipe's `objective` section, or anything with the attributes `keys`.
 
+        Returns:
+            What the loss returns.
+
         Raises:
-            ValueError: `needs_kl`, and `kl` is None.
+            ValueError: the loss needs the KL estimate, and `kl` is None.
         """
         if self.needs_kl and kl is None:
             raise ValueError(f"objective {self.name} needs the KL estimate of the global batch")
@@ -401,7 +433,7 @@ def add(function: Callable[..., Preference], *, unit: Unit = "comparison") -> Ob
 
     Args:
         function: a loss of `INPUTS` and of keys of the recipe's `objective` section.
-        unit: what the global count that its sum is divided by counts.
+        unit: of the global count that its sum is divided by.
 
     Returns:
         The row.

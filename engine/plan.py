@@ -1,4 +1,9 @@
-"""`python -m silva.engine.plan RECIPE [key.path=value ...] [--gpus N] [--gpu NAME] [--search]`: no GPU is needed."""
+"""Predicts memory and time of a recipe on a cluster, or searches the best layout.
+
+    python -m silva.engine.plan RECIPE [key.path=value ...] [--gpus N] [--gpu NAME] [--search]
+
+No GPU is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is the same on a machine that has GPUs
+    # so that a plan is the same on a machine that has GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from silva.engine.parallel.forked import isolated
 
@@ -27,17 +33,32 @@ from silva.engine.recipe.file import packaged
 from silva.engine.recipe.loading import load
 from silva.engine.recipe.schema import Recipe
 
-WIDTH = 150  # of tables where the output is no terminal
+# columns of the tables where the output is no terminal
+WIDTH = 150
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one line that says what is wrong with the input."""
+    """Print the plan that the command line asks for.
+
+    Args:
+        arguments: of the command line; None for those of this process.
+
+    Returns:
+        The exit code: 0, or 2 after one line that says what is wrong with the input.
+    """
     options = _parser().parse_intermixed_args(arguments)
     return run(lambda: plan(options))
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Print what is asked for; the last line is `key=value`."""
+    """Print a prediction, a search or a dry run; the last line holds `key=value` pairs.
+
+    Args:
+        options: the parsed command line.
+
+    Raises:
+        UserError: recipe, shape, data or rank are unusable.
+    """
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     recipe = load(options.recipe, options.override)
     shape, source = resolve(options.shape, recipe.model.path)

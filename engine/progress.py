@@ -1,4 +1,4 @@
-"""Speaks for a run, on its first process alone: lines and progress bars."""
+"""Prints the lines and progress bars of a run, on its first process only."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from rich.table import Column
 
 
 def is_first_process() -> bool:
-    """Tell whether this process speaks for the run, also before there is a process group."""
+    """Tell whether this process prints for the run; works before there is a process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
-    """Print on the first process."""
+    """Print a line, on the first process only."""
     if is_first_process():
         print(text, flush=True)
 
 
 def _fixed(width: int) -> Column:
-    """Make a column that a narrow terminal does not cut; the bar gives way instead."""
+    """Make a column that keeps its width on a narrow terminal, where the bar becomes shorter instead."""
     return Column(no_wrap=True, min_width=width)
 
 
 class ProgressBar:
-    """Shows how far a stretch of work is; without a total it only counts.
+    """Shows how far a piece of work is, from entering the context to leaving it.
 
-    A passing bar leaves nothing behind, and shows on terminals alone.
+    Args:
+        title: what the work is.
+        total: its number of steps; without it, the bar only counts.
+        visible: whether anything is shown.
+        start: number of steps that are done already.
+        passing: whether the bar is shown on terminals only, and removed at the end.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class ProgressBar:
         self._task: TaskID = self._bar.add_task(title, total=total, completed=start, note="")
 
     def advance(self, note: str = "", *, steps: int = 1) -> None:
+        """Count `steps` more as done, and show a note beside the bar."""
         self._bar.update(self._task, advance=steps, note=note)
 
     def __enter__(self) -> ProgressBar:

@@ -1,4 +1,9 @@
-"""`python -m silva.engine.train RECIPE [key.path=value ...]`, or the same under torchrun."""
+"""Trains the model that a recipe describes.
+
+    python -m silva.engine.train RECIPE [key.path=value ...]
+
+The command trains in one process; torchrun starts the same module in several.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,14 @@ from silva.engine.training.trainer import Summary, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one line that says what is wrong with the input."""
+    """Run the recipe that the command line names.
+
+    Args:
+        arguments: of the command line; None for those of this process.
+
+    Returns:
+        The exit code: 0, or 2 after one line that says what is wrong with the input.
+    """
     parser = argparse.ArgumentParser(
         prog="silva.engine.train",
         description="Train what a recipe says, resuming if it was interrupted, and export the model.",
@@ -26,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(summary: Summary) -> None:
-    """Print the closing lines of a run, `key=value`."""
+    """Print the closing lines of a run, as `key=value` pairs."""
     for name, values in (("before", summary.before), ("after", summary.after), ("last_step", summary.last)):
         if values:
             say(" ".join(f"{name}_{key}={value:.6g}" for key, value in values.items()))

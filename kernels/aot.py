@@ -1,8 +1,9 @@
-"""`python -m silva.kernels.aot`: compiles every shipped kernel without a GPU and reads the binaries.
+"""Compiles every shipped kernel without a GPU and reads the binaries.
 
-Registers, spills, shared memory and matrix instructions tell ahead of time what a kernel cannot be: fast with spills,
-or at all where a tile does not fit. Ends with 1 where an sm_90 binary spills, where one that should multiply on the
-tensor cores does not (those of 16-bit types by HGMMA, Hopper's own), or where a build fails.
+`python -m silva.kernels.aot` prints the registers, spills, shared memory and matrix instructions of every binary.
+They show ahead of time which kernel cannot be fast, because it spills, and which cannot run, because its tile does not
+fit. The command ends with 1 where an sm_90 binary spills, where one that should multiply on the tensor cores does not
+(those of 16-bit types by HGMMA, Hopper's own), or where a build fails.
 """
 
 from __future__ import annotations
@@ -29,20 +30,25 @@ MODULES = (
     "silva.kernels.layers",
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-STRICT = "sm_90"  # the architecture whose shipped tiles may not spill
-# (registers, shared memory in bytes) of a multiprocessor; each block's shared memory has 1 KiB beside what it asks for
+# the architecture whose shipped tiles may not spill
+STRICT = "sm_90"
+# (registers, shared memory in bytes) of a multiprocessor
 RESOURCES = {"sm_80": (65536, 164 << 10), "sm_90": (65536, 228 << 10), "sm_100": (65536, 228 << 10)}
+# bytes of shared memory that a block takes beside what it asks for
 RESERVED = 1024
 COLUMNS = ("registers", "spill_loads", "spill_stores", "shared", "blocks", "hgmma", "matrix", "copies")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Compile the builds, print a table of them, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m silva.kernels.aot", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=[*TARGETS])
     parser.add_argument("--only", default="", help="only builds whose name matches this regular expression")
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not said
+    # interpreted kernels cannot be compiled
+    os.environ.pop("TRITON_INTERPRET", None)
+    # Triton 3.9 warns where this is not set
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     faults = 0
     totals = dict.fromkeys(("builds", "spilling", "failed", "without_products"), 0)
     for target in options.target:
@@ -64,7 +70,7 @@ def _collect(target: str) -> list[Build]:
 
 
 def _judge(build: Build, target: str, found: dict[str, Any], totals: dict[str, int]) -> str:
-    """Counts one result; what is wrong with it, if anything."""
+    """Count one result, and say what is wrong with it, if anything."""
     totals["builds"] += 1
     if "error" in found:
         totals["failed"] += 1
@@ -74,17 +80,18 @@ def _judge(build: Build, target: str, found: dict[str, Any], totals: dict[str, i
         totals["spilling"] += 1
         if target == STRICT:
             faults.append("spills")
-    needed = "hgmma" if target == STRICT and build.products == "hgmma" else "matrix"  # which counts both
+    # "matrix" counts Hopper's instructions and all others
+    needed = "hgmma" if target == STRICT and build.products == "hgmma" else "matrix"
     if build.products and not found[needed]:
         totals["without_products"] += 1
         faults.append("no HGMMA" if needed == "hgmma" else "no tensor-core products")
     if found["blocks"] == 0:
-        faults.append("does not fit")
+        faults.append("no block fits on a multiprocessor")
     return ", ".join(faults)
 
 
 def _in_child(build: Build, target: str) -> dict[str, Any]:
-    """`_compile` in a fork: some compilations abort the process."""
+    """Run `_compile` in a fork, because some compilations abort the process."""
     with tempfile.TemporaryFile() as answer:
         child = os.fork()
         if child == 0:
@@ -93,7 +100,8 @@ def _in_child(build: Build, target: str) -> dict[str, Any]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 try:
                     found = _compile(build, target)
-                except Exception:  # whatever a compiler raises is the result of this build
+                except Exception:
+                    # whatever a compiler raises is the result of this build
                     found = {"error": traceback.format_exc().strip().splitlines()[-1][:200]}
                 answer.write(json.dumps(found).encode())
                 answer.flush()

@@ -1,10 +1,10 @@
-"""The layer operations between the products, fused: RMSNorm, rotary positions of a tree's tokens, SwiGLU.
+"""Computes the layer operations between the products, fused: RMSNorm, rotary positions of a tree's tokens, SwiGLU.
 
     S tokens, H hidden size (heads in `rotary`), D head size, F feed-forward columns
 
-Each is one pass over memory forward and one backward, computed in float32 and rounded once. They take megatron-core's
-tensors as they are: any leading dimensions, heads that are slices of a fused projection, gate and up in one tensor.
-float64, and everything where kernels do not run, takes the torch definitions.
+Each operation is one pass over memory forward and one backward, computed in float32 and rounded once. They take
+megatron-core's tensors as they are: any leading dimensions, heads that are slices of a fused projection, gate and up
+in one tensor. The torch definitions are used for float64, and for everything where kernels do not run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from silva.kernels import reference
 from silva.kernels.build import Build
 from silva.kernels.dispatch import jit, runs_kernels, tl, triton
 
-NORM_PROGRAMS = (
-    264  # of the norm's backward pass, two for each of an H100's processors: each sums its rows' gradients
-)
+# Programs of the norm's backward pass, two for each of an H100's multiprocessors: each sums the weight's gradient over
+# its rows.
+NORM_PROGRAMS = 264
 COLUMN_BLOCK = 1024
 
 
@@ -40,6 +40,7 @@ def _norm_kernel(
     # constants
     BLOCK: tl.constexpr,
 ):
+    """Compute RMSNorm of one row per program."""
     row = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BLOCK)
     mask = o_column < columns
@@ -67,7 +68,10 @@ def _norm_backward_kernel(
     # constants
     BLOCK: tl.constexpr,
 ):
-    """Every program takes each `programs`-th row and leaves the sum of their weight gradients in its own line."""
+    """Compute RMSNorm's gradients.
+
+    Every program takes each `programs`-th row and writes the sum of their weight gradients to a line of its own.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     o_column = tl.arange(0, BLOCK)
     mask = o_column < columns
@@ -103,7 +107,7 @@ def _rotary_kernel(
     PAIRS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """One token: all heads share its angles. The backward pass turns the other way."""
+    """Compute the rotation of one token, whose heads all share its angles; the backward pass turns the other way."""
     token = tl.program_id(0).to(tl.int64)
     o_head, o_pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
     mask = (o_head < heads) & (o_pair < HALF)
@@ -120,6 +124,7 @@ def _rotary_kernel(
 
 @jit
 def _swiglu_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+    """Compute silu(gate) * up of one block of a row's columns."""
     row = tl.program_id(0).to(tl.int64)
     o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o_column < columns
@@ -132,6 +137,7 @@ def _swiglu_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
 
 @jit
 def _swiglu_backward_kernel(grad_ptr, x_ptr, grad_x_ptr, columns, BLOCK: tl.constexpr):
+    """Compute SwiGLU's gradients of one block of a row's columns."""
     row = tl.program_id(0).to(tl.int64)
     o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o_column < columns
@@ -147,13 +153,13 @@ def _swiglu_backward_kernel(grad_ptr, x_ptr, grad_x_ptr, columns, BLOCK: tl.cons
 
 
 def _norm_options(columns: int) -> tuple[int, int]:
-    """Block and warps: at most sixteen elements of a row per thread, so that the backward pass does not spill."""
+    """Return block and warps: up to sixteen elements of a row per thread, so that the backward pass does not spill."""
     block = triton.next_power_of_2(columns)
     return block, min(max(block // 512, 1), 16)
 
 
 def aot_builds(capability: int) -> list[Build]:
-    """bfloat16, for the widths of 7B, 13B and 70B models."""
+    """List the builds in bfloat16, for the widths of 7B, 13B and 70B models."""
     builds = []
     for columns in (4096, 5120, 8192):
         block, warps = _norm_options(columns)
@@ -274,7 +280,7 @@ class _Rotary(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Also torch's path, which left to autograd would keep silu(gate) beside its input."""
+    """Applies SwiGLU, also on torch's path: left to autograd, that would keep silu(gate) beside its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -311,15 +317,31 @@ def _launch_swiglu(kernel: Any, half: Tensor, *tensors: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Zhang and Sennrich 2019, arXiv 1910.07467.
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467).
 
-    x: (..., H); weight: (H,) in x's dtype. The weight's gradient is summed in float32, in the same order every time.
+    The weight's gradient is summed in float32, in the same order every time.
+
+    Args:
+        x: (..., H).
+        weight: (H,), in x's dtype.
+        eps: is added to the mean.
+
+    Returns:
+        (..., H), in x's dtype.
     """
     return _Norm.apply(x, weight, eps) if runs_kernels(x) else reference.rms_norm(x, weight, eps)
 
 
 def rotary_angles(position: Tensor, inverse_frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, each (S, D / 2) float32: the same for every layer, so made once per row."""
+    """Compute cos and sin of every token's angles; they are the same for every layer, so made once per row.
+
+    Args:
+        position: (S,), the depth of each token in its tree.
+        inverse_frequency: (D / 2,).
+
+    Returns:
+        cos and sin, each (S, D / 2) float32.
+    """
     angle = position.float()[:, None] * inverse_frequency.float()[None]
     return angle.cos(), angle.sin()
 
@@ -327,10 +349,16 @@ def rotary_angles(position: Tensor, inverse_frequency: Tensor) -> tuple[Tensor, 
 def rotary(
     x: Tensor, position: Tensor, inverse_frequency: Tensor, *, angles: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Rotary position embedding of Llama's non-interleaved form. Su et al. 2021, arXiv 2104.09864.
+    """Compute the rotary position embedding in Llama's non-interleaved form (Su et al. 2021, arXiv 2104.09864).
 
-    x: (S, heads, D), a slice of a larger tensor as it is; position: (S,) the depth of each token in its tree;
-    inverse_frequency: (D / 2,); angles: of `rotary_angles`, if they are at hand. Returns (S, heads, D).
+    Args:
+        x: (S, heads, D); a slice of a larger tensor is read as it is.
+        position: (S,), the depth of each token in its tree.
+        inverse_frequency: (D / 2,).
+        angles: of `rotary_angles`, if they are at hand.
+
+    Returns:
+        (S, heads, D), in x's dtype.
     """
     if not runs_kernels(x):
         return reference.rotary(x, position, inverse_frequency)
@@ -339,8 +367,12 @@ def rotary(
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up. Shazeer 2020, arXiv 2002.05202.
+    """Compute silu(gate) * up (Shazeer 2020, arXiv 2002.05202).
 
-    x: (..., 2F), gate and up one behind the other. Returns (..., F).
+    Args:
+        x: (..., 2F), the columns of gate followed by those of up.
+
+    Returns:
+        (..., F), in x's dtype.
     """
     return _SwiGLU.apply(x)

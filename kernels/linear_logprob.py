@@ -1,12 +1,12 @@
-"""Log-probs of chosen tokens from hidden states and the output matrix, exact, with logits a tile at a time.
+"""Computes log-probs of chosen tokens from hidden states and the output matrix, exactly, with logits a tile at a time.
 
     L scored positions, H hidden size, V vocabulary, R rows of the output matrix on this process (V / tp),
     P x C a tile of logits: P positions, C rows of the output matrix
 
-The products are cuBLAS's: without warp specialisation, Triton's stay well below them on Hopper. A tile of logits in
-float32 goes from the product to one elementwise kernel, which reduces it (forward) or turns it into the slope
-(backward). A tile is long on the side of which there is more, rows or positions: the gradient of the other side
-is then complete after one product, and only one of the two gradients is summed in float32.
+The products are cuBLAS's: without warp specialisation, Triton's are much slower on Hopper. A tile of logits in float32
+goes from the product to one elementwise kernel, which reduces it (forward) or turns it into the slope (backward). A
+tile is long on the side of which there is more, rows or positions: the gradient of the other side is then complete
+after one product, and only one of the two gradients is summed in float32.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from silva.kernels.build import Build
 from silva.kernels.dispatch import jit, runs_kernels, tl, triton
 from silva.kernels.products import product
 
-LONGEST = 8192  # positions or rows of a tile: no product gets faster by more
+# positions or rows of a tile: more make no product faster
+LONGEST = 8192
 # A tile has 1/16 of all logits, within these bounds: 16 to 256 MiB in float32, and half of it for a bfloat16 slope.
 SMALLEST_TILE, LARGEST_TILE = 1 << 22, 1 << 26
-COLUMN_BLOCK = 1024  # columns per step of the kernels: eight per thread of four warps
+# columns per step of the kernels: eight per thread of four warps
+COLUMN_BLOCK = 1024
 
 
 # ---------------------------------------------------------------- kernels: one tile of logits
 
 
-# Numbers of positions are slices that begin anywhere: what they are aligned to is no reason to compile again.
+# The numbers of a tile's positions are slices that begin anywhere, so their alignment is no reason to compile again.
 @jit(
     do_not_specialize=["first_column"],
     do_not_specialize_on_alignment=["target_ptr", "highest_ptr", "total_ptr", "chosen_ptr"],
@@ -51,10 +53,10 @@ def _reduce_kernel(
     scale,
     BLOCK: tl.constexpr,
 ):
-    """Online log-sum-exp: one program folds one position's columns of the tile into its running values."""
+    """Compute the online log-sum-exp: one program folds one position's columns of the tile into its running values."""
     i = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + i * stride
-    # every lane keeps its own running maximum: one reduction across the threads at the end, none per step
+    # every lane keeps its own running maximum, so that the threads are reduced once at the end and not in every step
     top = tl.full((BLOCK,), -1e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -94,7 +96,7 @@ def _slope_kernel(
     scale,
     BLOCK: tl.constexpr,
 ):
-    """coefficient * d log-prob / d logit, elementwise; logits and slope may be the same memory."""
+    """Compute coefficient * d log-prob / d logit, elementwise; logits and slope may be the same memory."""
     i = tl.program_id(0).to(tl.int64)
     o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_column = o_column < columns
@@ -106,7 +108,7 @@ def _slope_kernel(
 
 
 def aot_builds(capability: int) -> list[Build]:
-    """The shipped compilations; they depend on neither the hidden size nor the vocabulary."""
+    """List the shipped builds, which depend on neither the hidden size nor the vocabulary."""
     shapes = {"columns": "i32", "stride": "i32", "first_column": "i32", "scale": "fp32"}
     values = dict.fromkeys(("logits", "highest", "total", "chosen"), "*fp32")
     pointers = {f"{name}_ptr": kind for name, kind in (values | {"target": "*i64"}).items()}
@@ -142,11 +144,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Running(NamedTuple):
-    """What is known of every position after some columns; each (L,), float32 at least."""
+    """Holds what is known of every position after some columns.
 
-    highest: Tensor  # the largest logit
-    total: Tensor  # the sum of exponentials relative to it
-    chosen: Tensor  # the target's logit, 0 as long as it was not met
+    Attributes:
+        highest: (L,) float32 at least, the largest logit.
+        total: (L,) float32 at least, the sum of the exponentials relative to `highest`.
+        chosen: (L,) float32 at least, the target's logit; 0 until its column was met.
+    """
+
+    highest: Tensor
+    total: Tensor
+    chosen: Tensor
 
     def of(self, part: slice) -> _Running:
         return _Running(*(value[part] for value in self))
@@ -181,7 +189,7 @@ def _slope(
     first: int,
     scale: float,
 ) -> None:
-    """out (P, C) = coefficient * d log-prob / d (hidden . row); `tile`, the logits, is overwritten."""
+    """Compute out (P, C) = coefficient * d log-prob / d (hidden . row); `tile`, the logits, is overwritten."""
     if runs_kernels(tile):
         grid = (tile.shape[0], triton.cdiv(tile.shape[1], COLUMN_BLOCK))
         shapes = (tile.shape[1], tile.stride(0), first, scale)
@@ -199,7 +207,7 @@ def _slope(
 
 
 def _column(tile: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """(P, 1) the target's column of the tile, clamped into it, and (P,) whether it is one of the tile's."""
+    """Return (P, 1) the target's column of the tile, clamped into it, and (P,) whether it is one of the tile's."""
     column = target - first
     return column.clamp(0, tile.shape[1] - 1)[:, None], (column >= 0) & (column < tile.shape[1])
 
@@ -208,25 +216,34 @@ def _column(tile: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 class _Problem(NamedTuple):
-    """What both passes need; of the output matrix the rows that are real tokens."""
+    """Holds what both passes need.
 
-    hidden: Tensor  # (L, H)
-    weight: Tensor  # (R, H)
-    padding: int  # rows behind them, which get the gradient 0
-    target: Tensor  # (L,) int64 relative to the first row; another process's targets lie outside
+    Attributes:
+        hidden: (L, H).
+        weight: (R, H), only the rows of the output matrix that are real tokens.
+        padding: number of rows after them, which get the gradient 0.
+        target: (L,) int64, relative to the first row; another process's targets lie outside.
+        scale: 1 / temperature.
+        group: the processes among which the rows are split.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    padding: int
+    target: Tensor
     scale: float
     group: ProcessGroup | None
 
 
 class _Tiles:
-    """How a problem is cut into tiles, and memory for one tile of logits and one of its slope."""
+    """Cuts a problem into tiles, and holds memory for one tile of logits and one of its slope."""
 
     def __init__(self, problem: _Problem, *, slope: bool) -> None:
         self.problem = problem
         hidden, rows = problem.hidden, problem.weight.shape[0]
         scored = hidden.shape[0]
         size = min(max(scored * rows // 16, SMALLEST_TILE), LARGEST_TILE)
-        # long on the side that has more: the gradient of the other side then needs no sum over products
+        # tiles are long on the side that has more: the gradient of the other side then needs no sum over products
         if rows < scored:
             width = max(1, min(rows, LONGEST))
             height = min(scored, size // width)
@@ -234,7 +251,8 @@ class _Tiles:
             height = max(1, min(scored, LONGEST))
             width = min(rows, size // height)
         height, width = max(1, height), max(1, width)
-        width = -(-width // 64) * 64  # keeps every row of a tile aligned, whatever the vocabulary
+        # keeps every row of a tile aligned, whatever the vocabulary
+        width = -(-width // 64) * 64
         self.parts = [slice(p, min(p + height, scored)) for p in range(0, scored, height)]
         self.blocks = [slice(r, min(r + width, rows)) for r in range(0, rows, width)]
         self.width = width
@@ -243,7 +261,7 @@ class _Tiles:
         self._slope = hidden.new_empty((height, width)) if own else self._logits
 
     def logits(self, part: slice, block: slice) -> Tensor:
-        """(P, C) float32 at least, before the temperature."""
+        """Compute the logits of a tile: (P, C) float32 at least, before the temperature."""
         tile = self._logits[: part.stop - part.start, : block.stop - block.start]
         product(self.problem.hidden[part], self.problem.weight[block].T, tile)
         return tile
@@ -251,7 +269,7 @@ class _Tiles:
     def slope(
         self, tile: Tensor, part: slice, block: slice, normaliser: Tensor, coefficient: Tensor
     ) -> Tensor:
-        """(P, C) in the type of the hidden states, from the tile's logits."""
+        """Compute the slope of a tile from its logits: (P, C) in the dtype of the hidden states."""
         out = self._slope[: tile.shape[0], : tile.shape[1]]
         target, scale = self.problem.target[part], self.problem.scale
         _slope(tile, out, target, normaliser[part], coefficient[part], block.start, scale)
@@ -264,7 +282,7 @@ def _start(problem: _Problem) -> _Running:
 
 
 def _combine(running: _Running, group: ProcessGroup | None) -> _Running:
-    """The running values over the rows of all processes."""
+    """Combine the running values over the rows of all processes."""
     if group is None or group.size() == 1 or not running.highest.numel():
         return running
     top = running.highest.clone()
@@ -286,7 +304,7 @@ def _forward(problem: _Problem) -> _Running:
 
 
 def _gradients(problem: _Problem, normaliser: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(coefficient * log-prob) in hidden and weight; the logits are computed again."""
+    """Compute the gradients of sum(coefficient * log-prob) in hidden and weight; the logits are computed again."""
     hidden, weight = problem.hidden, problem.weight
     tiles = _Tiles(problem, slope=True)
     if not (tiles.blocks and tiles.parts):
@@ -319,7 +337,7 @@ def _weight_gradient(problem: _Problem) -> Tensor:
 
 
 class _Options(NamedTuple):
-    """Where this process's rows lie, and the temperature: what is no tensor."""
+    """Holds the arguments that are no tensors: where this process's rows lie, and the temperature."""
 
     group: ProcessGroup | None
     first_row: int
@@ -363,11 +381,11 @@ def linear_logprob(
     real_rows: int | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T / temperature)[target], differentiable in hidden and weight.
+    """Compute log softmax(hidden @ weight.T / temperature)[target], differentiable in hidden and weight.
 
-    Accumulated in float32 at least, whatever the type of the inputs. The backward pass computes the logits again.
-    Memory beside inputs and results: a tile of logits (at most 256 MiB in float32, and half of it for the slope of
-    16-bit types), (L, H) in float32 in the backward pass where the tile has not all rows, and C rows of the weight
+    Sums are accumulated in float32 at least, whatever the dtype of the inputs. The backward pass computes the logits
+    again. Memory beside inputs and results: a tile of logits (at most 256 MiB in float32, and half of it for the slope
+    of 16-bit types), (L, H) in float32 in the backward pass where the tile has not all rows, and C rows of the weight
     in float32 where L > `LONGEST`.
 
     Args:
@@ -377,8 +395,8 @@ def linear_logprob(
         group: the processes among which the rows are split; the gradient of `hidden` is then this process's
             share, and the caller sums it over the group.
         first_row: number of this process's first row.
-        real_rows: this process's rows that are tokens; those behind are padding, take no part in the softmax and
-            get the gradient 0. None: all.
+        real_rows: number of this process's rows that are tokens; those after them are padding, take no part in the
+            softmax and get the gradient 0. None: all.
         temperature: divides the logits.
 
     Returns:

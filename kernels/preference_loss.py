@@ -1,12 +1,13 @@
-"""From log-probs of scored positions to a preference loss, its metrics and its gradient, in one launch.
+"""Computes a preference loss, its metrics and its gradient from log-probs of scored positions, in one launch.
 
     L scored positions, N sequences, P comparisons, T trees, U spans, E entries of `span_index`
 
-A tree's spans, sequences and comparisons are contiguous and nobody else's, so one program does a whole tree: barriers
-inside it take the place of launches, and sums have one order. The last program to arrive adds up the trees.
+A tree's spans, sequences and comparisons are contiguous and belong to no other tree, so one program computes a whole
+tree: barriers inside it take the place of launches, and sums have one order. The last program to arrive adds up the
+trees.
 
-There is no second torch definition of the losses here: where kernels do not run, the caller uses its own, the one
-that these are tested against.
+The losses have no second torch definition here: where kernels do not run, the caller uses its own, the one that these
+are tested against.
 """
 
 from __future__ import annotations
@@ -20,31 +21,49 @@ from silva.kernels.build import Build
 from silva.kernels.dispatch import jit, tl
 from silva.kernels.preference_terms import TERMS, preference_terms
 
-POSITION_BLOCK = 1024  # positions per step: eight per thread of four warps
-LANES = 32  # sequences or comparisons per step: trees have a few to some tens of them
+# positions per step: eight per thread of four warps
+POSITION_BLOCK = 1024
+# sequences or comparisons per step: trees have a few to some tens of them
+LANES = 32
 
 
 class Structure(NamedTuple):
-    """Which positions, sequences and comparisons belong together; all int32 but `absolute`, on one device."""
+    """Holds which positions, sequences and comparisons belong together, on one device.
 
-    span_start: Tensor  # (U + 1,) first position of each span; a span is a run of positions
-    span_pointer: Tensor  # (N + 1,) CSR over sequences: where their spans stand in `span_index`
-    span_index: Tensor  # (E,)
-    comparisons: Tensor  # (P, 2) chosen and rejected sequence; -1: that side is absent, for kto alone
-    tree_start: Tensor  # (T + 1, 3) first span, sequence and comparison of each tree
-    scored: Tensor  # (N,) scored positions of each sequence: what ipo, simpo and orpo divide by
-    absolute: Tensor  # (P,) bool, whether bt_dr adds the absolute-reward term
+    Attributes:
+        span_start: (U + 1,) int32, first position of each span; a span is a run of positions.
+        span_pointer: (N + 1,) int32, CSR over sequences: where their spans stand in `span_index`.
+        span_index: (E,) int32, the spans of each sequence.
+        comparisons: (P, 2) int32, chosen and rejected sequence; -1: that side is absent, for kto alone.
+        tree_start: (T + 1, 3) int32, first span, sequence and comparison of each tree.
+        scored: (N,) int32, scored positions of each sequence, by which ipo, simpo and orpo divide.
+        absolute: (P,) bool, whether bt_dr adds the absolute-reward term.
+    """
+
+    span_start: Tensor
+    span_pointer: Tensor
+    span_index: Tensor
+    comparisons: Tensor
+    tree_start: Tensor
+    scored: Tensor
+    absolute: Tensor
 
 
 class PreferenceLoss(NamedTuple):
-    """What one launch gives. Only `loss` carries a gradient."""
+    """Holds the results of one launch, of which only `loss` carries a gradient.
 
-    loss: Tensor  # scalar, the sum over comparisons (sft: over sequences)
-    # (8,) float64 sums: loss, chosen reward, rejected reward, margin, correct (a tie counts half), present
-    # chosen sides, present rejected sides, comparisons with both
+    Attributes:
+        loss: scalar, the sum over comparisons (sft: over sequences).
+        sums: (8,) float64 sums: loss, chosen reward, rejected reward, margin, correct (a tie counts half), present
+            chosen sides, present rejected sides, comparisons with both.
+        rewards: (P, 2) of the chosen and the rejected side, 0 where absent; (0, 2) for sft.
+        coefficient: d loss / d values: (L,) for log-probs, (N,) for rewards.
+    """
+
+    loss: Tensor
     sums: Tensor
-    rewards: Tensor  # (P, 2) of the chosen and the rejected side, 0 where absent; (0, 2) for sft
-    coefficient: Tensor  # d loss / d values: (L,) for log-probs, (N,) for rewards
+    rewards: Tensor
+    coefficient: Tensor
 
 
 # ---------------------------------------------------------------- the steps of one tree
@@ -52,8 +71,11 @@ class PreferenceLoss(NamedTuple):
 
 @jit
 def _sum_spans(values_ptr, span_start_ptr, span_ptr, span, span_end, BLOCK: tl.constexpr):
-    """Per span the sum of its positions' values, in float64 as in `reference.sequence_sums`: a sum in float32 is off by
-    more than its last digit, and the reference's log-probs, which are subtracted, are not."""
+    """Compute for each span the sum of its positions' values.
+
+    It is taken in float64 as in `reference.sequence_sums`: a sum in float32 is off by more than its last digit, and
+    the reference policy's log-probs, which are subtracted, are not.
+    """
     for u in range(span, span_end):
         end = tl.load(span_start_ptr + u + 1)
         total = tl.zeros((BLOCK,), tl.float64)
@@ -67,7 +89,7 @@ def _sum_spans(values_ptr, span_start_ptr, span_ptr, span, span_end, BLOCK: tl.c
 def _sum_sequences(
     span_pointer_ptr, span_index_ptr, span_ptr, sequence_ptr, sequence, sequence_end, LANES: tl.constexpr
 ):
-    """Per sequence the sum of its spans; returns the sum over the tree's sequences, per lane."""
+    """Compute for each sequence the sum of its spans, and return the sum over the tree's sequences, per lane."""
     all_ = tl.zeros((LANES,), tl.float64)
     for start in range(sequence, sequence_end, LANES):
         o_sequence = start + tl.arange(0, LANES)
@@ -94,7 +116,7 @@ def _slope_of_sequences(
     LANES: tl.constexpr,
     OBJECTIVE: tl.constexpr,
 ):
-    """d loss / d of every sequence's sum: over the comparisons it is a side of, in their order."""
+    """Compute d loss / d of every sequence's sum, over the comparisons it is a side of, in their order."""
     slope = tl.zeros((LANES,), tl.float32)
     if OBJECTIVE == "sft":
         slope -= 1.0
@@ -120,7 +142,7 @@ def _spread(
     entry_end,
     BLOCK: tl.constexpr,
 ):
-    """Per span the slopes of all sequences that run through it, written to each of its positions."""
+    """Compute for each span the sum of the slopes of all its sequences, and write it to each of its positions."""
     for u in range(span, span_end):
         slope = tl.zeros((BLOCK,), tl.float32)
         for start in range(entry, entry_end, BLOCK):
@@ -139,13 +161,13 @@ def _spread(
 
 @jit
 def _add_trees(partial_ptr, sums_ptr, loss_ptr, trees, LANES: tl.constexpr):
-    """The eight sums over all trees."""
+    """Compute the eight sums over all trees."""
     o_sum = tl.arange(0, 8)
     total = tl.zeros((LANES, 8), tl.float64)
     for start in range(0, trees, LANES):
         o_tree = start + tl.arange(0, LANES)
         part_ptr = partial_ptr + 8 * o_tree[:, None] + o_sum[None, :]
-        # past the L1 cache, which may hold what stood there before the others wrote
+        # reads past the L1 cache, which may hold what stood there before the other programs wrote
         total += tl.load(part_ptr, mask=o_tree[:, None] < trees, other=0.0, cache_modifier=".cg")
     sums = tl.sum(total, 0)
     tl.store(sums_ptr + o_sum, sums)
@@ -193,6 +215,7 @@ def _preference_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """Compute loss, sums, rewards and coefficients of one tree per program; the last one adds up all trees."""
     tree = tl.program_id(0)
     span, span_end = tl.load(tree_ptr + 3 * tree), tl.load(tree_ptr + 3 * tree + 3)
     sequence, sequence_end = tl.load(tree_ptr + 3 * tree + 1), tl.load(tree_ptr + 3 * tree + 4)
@@ -294,14 +317,14 @@ def _preference_kernel(
     tl.store(mine_ptr + 6, tl.sum(rejected_count, 0).to(tl.float64))
     tl.store(mine_ptr + 7, tl.sum(pairs, 0).to(tl.float64))
     tl.debug_barrier()
-    # the program that finds all others gone adds up the trees, in their order whoever it is
+    # the program that arrives last adds up the trees, in the same order whichever program it is
     if tl.atomic_add(arrived_ptr, 1) == trees - 1:
         _add_trees(partial_ptr, sums_ptr, loss_ptr, trees, LANES)
         tl.store(arrived_ptr, 0)
 
 
 def aot_builds(capability: int) -> list[Build]:
-    """One compilation per objective."""
+    """List one build per objective."""
     numbers = ("loss", "rewards", "coefficient", "sequence", "side", "entry")
     floats = {f"{name}_ptr": "*fp32" for name in ("values", "reference", "divergence", *numbers)}
     floats |= {f"{name}_ptr": "*fp64" for name in ("sums", "span", "partial")}
@@ -325,7 +348,10 @@ _arrived: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _counter(device: torch.device) -> Tensor:
-    """How many programs of the launch under way are done: 0 between launches, one for each stream."""
+    """Return the counter of programs that have arrived in the running launch.
+
+    Each stream has its own, and it is 0 between launches.
+    """
     key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
     if key not in _arrived:
         _arrived[key] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -381,8 +407,11 @@ def _launch(
 
 
 def _scratch(like: Tensor, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:
-    """Parts of one allocation. Each begins at 16 bytes' multiples, whatever the sizes: a pointer's alignment is part of
-    what Triton compiles a kernel for, which would else be compiled again and again as rows change."""
+    """Return parts of one allocation, each of which begins at a multiple of 16 bytes, whatever the sizes.
+
+    A pointer's alignment is part of what Triton compiles a kernel for: it would otherwise be compiled again and again
+    as rows change.
+    """
     rounded = [-(-size // 4) * 4 for size in sizes]
     return like.new_empty(sum(rounded), dtype=dtype).split(rounded)
 
@@ -412,21 +441,24 @@ def preference_loss(
     ipo_average: bool = True,
     **numbers: float,
 ) -> PreferenceLoss:
-    """Spans to sequences to comparisons to the loss, and back to one coefficient per position, in one launch.
+    """Compute the loss over spans, sequences and comparisons, and one coefficient per position, in one launch.
 
-    Bit-identical from run to run: every sum has a fixed order. Nothing is read back to the host. There is no torch
-    path here: where `dispatch.runs_kernels(values)` is false, the caller's own definition is to be used.
+    The results are bit-identical from run to run, because every sum has a fixed order. Nothing is read back to the
+    host. There is no torch path here: where `dispatch.runs_kernels(values)` is false, the caller's own definition is
+    to be used.
 
     Args:
         values: (L,) float32 log-probs of the scored positions, or (N,) rewards for bt, bt_margin and bt_dr.
         structure: on the device of `values`.
         objective: one of `TERMS`; its equation is in `silva.engine.objectives`.
         reference_logprob: (N,) float32, for the objectives that have a reference.
-        kl: scalar float32, for kto: the KL estimate over the global batch; negative counts as 0.
-        numbers: by the names in `TERMS`; those of other objectives are not read.
+        kl: scalar float32, for kto: the KL estimate over the global batch; a negative one counts as 0.
+        beta: of the objective.
+        ipo_average: whether ipo divides log-probs by the number of scored positions.
+        **numbers: by the names in `TERMS`; those of other objectives are not read.
 
     Raises:
-        ValueError: an objective that is not known, or without the reference, the estimate or a number it needs.
+        ValueError: the objective is not known, or the reference, the estimate or a number that it needs is absent.
     """
     if objective not in TERMS:
         raise ValueError(f"preference_loss: no objective {objective!r}, only {', '.join(TERMS)}")

@@ -1,8 +1,8 @@
 """States in Triton the losses that have a fused kernel: the loss of a comparison and its slopes, written out.
 
-Their torch definitions, with equations and sources, are `silva.engine.objectives`; the tests hold every formula and
-every slope here to them in float64. A constexpr chooses the loss, so a compiled kernel has one of them. A loss that is
-not here runs through autograd.
+Their torch definitions, with equations and sources, are in `silva.engine.objectives`; the tests compare every formula
+and every slope here with them in float64. A constexpr chooses the loss, so a compiled kernel has one of them. A loss
+that is not here runs through autograd.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TERMS = {
 
 @jit
 def _log1p(y):
-    """Compute log(1 + y) for |y| <= 1: what rounding 1 + y lost is added to first order."""
+    """Compute log(1 + y) for |y| <= 1; what rounding 1 + y loses is added to first order."""
     u = 1.0 + y
     return tl.log(u) - ((u - 1.0) - y) / u
 
@@ -83,11 +83,23 @@ def preference_terms(
     OBJECTIVE: tl.constexpr,
     AVERAGE: tl.constexpr,
 ):
-    """Compute the loss of a comparison, its slopes in the two inputs, and the two rewards.
+    """Compute the loss of a comparison, its slopes in `chosen` and `rejected`, and the two rewards.
 
     Args:
-        chosen, rejected: sums of log pi, minus log pi_ref where the loss has a reference; or rewards.
-        first, second: the numbers that `TERMS` names.
+        chosen: sum of log pi, minus log pi_ref where the loss has a reference; or a reward.
+        rejected: the same of the rejected side.
+        chosen_length: scored positions of the chosen sequence, at least 1, for ipo, simpo and orpo.
+        rejected_length: the same of the rejected sequence.
+        absolute: whether bt_dr adds the absolute-reward term.
+        baseline: beta times the KL estimate, at least 0, for kto.
+        beta: of the objective.
+        first: the first number that `TERMS` names.
+        second: the second number that `TERMS` names.
+        OBJECTIVE: a key of `TERMS`.
+        AVERAGE: whether ipo divides by the lengths.
+
+    Returns:
+        Loss, slope in `chosen`, slope in `rejected`, reward of the chosen and reward of the rejected side.
     """
     if OBJECTIVE == "dpo" or OBJECTIVE == "cdpo" or OBJECTIVE == "hinge":
         c, r = beta * chosen, beta * rejected
@@ -143,7 +155,8 @@ def preference_terms(
         odds_r = tl.where(mean_r <= -1.1920929e-7, e_r / rest_r, 0.0)
         slope_c = (slope * (1.0 + odds_c) - 1.0) / chosen_length
         slope_r = -slope * (1.0 + odds_r) / rejected_length
-    else:  # bt, bt_margin, bt_dr
+    else:
+        # bt, bt_margin, bt_dr
         c, r = chosen, rejected
         margin = c - r
         if OBJECTIVE == "bt_margin":

@@ -1,4 +1,4 @@
-"""Multiplies matrices of narrow operands into a wide matrix, which may be added to: what cuBLAS does in one launch."""
+"""Multiplies matrices of a narrow dtype into a wide one, or adds their product to it, as cuBLAS does in one launch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 
     Args:
         a: (M, K), of `out`'s dtype or, if that is float32, bfloat16 or float16.
-        b: (K, N), of the same.
-        out: (M, N).
+        b: (K, N), of the same dtype as `a`.
+        out: (M, N), is written.
+        add: whether the product is added to `out`.
     """
-    if a.is_meta:  # nothing is computed, and torch 2.11 cannot say the result's shape of a sum of two types
+    if a.is_meta:
+        # nothing is computed, and torch 2.11 cannot say the result's shape of a sum of two types
         add = False
     elif not a.is_cuda:
-        if a.dtype != out.dtype:  # only cuBLAS multiplies narrow types into a wide one
+        if a.dtype != out.dtype:
+            # only cuBLAS multiplies narrow types into a wide one
             a, b = a.to(out.dtype), b.to(out.dtype)
         a, b = _without_gaps(a), _without_gaps(b)
     options: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
@@ -30,10 +33,10 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    """Copy a narrow matrix whose rows lie apart.
+    """Return a matrix of 16 bits without gaps between its rows, as a copy where there are some; others as they are.
 
-    On CPUs with AMX, oneDNN's bfloat16 product also reads what stands between the rows and multiplies it by zero: NaN
-    where that is memory that nobody wrote (torch 2.13).
+    On CPUs with AMX, oneDNN's bfloat16 product also reads the memory between the rows and multiplies it by zero, which
+    gives NaN where that memory was never written (torch 2.13).
     """
     rows = x if x.stride(1) == 1 else x.T
     return x if x.dtype.itemsize != 2 or rows.is_contiguous() else x.contiguous()

@@ -1,6 +1,6 @@
-"""The plain torch definition of every operation: any float type, any device.
+"""Defines every operation in plain torch, for any float type and any device.
 
-The truth the kernels are judged by.
+The kernels are judged by these definitions.
 
 S tokens of a row, S_q query rows, H_q query heads, H_kv key-value heads, D head size, L scored positions,
 V vocabulary, H hidden size, N sequences.
@@ -15,24 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-QUERY_BLOCK = 256  # rows per block: the mask of a block is at most 256 x S, however long the row is
+# rows per block: the mask of a block is at most 256 x S, however long the row is
+QUERY_BLOCK = 256
 # (query, key) pairs up to which autograd may keep the masks of all blocks, as float32, for every layer: 32 MiB
 LARGEST_KEPT = 1 << 23
 
 
 class QueryBlock(NamedTuple):
-    """A run of query rows and what they see. The mask is made where it is used: kept, it would be half S x S."""
+    """Holds a run of query rows and what they see.
+
+    The mask is made where it is used: kept, it would be half S x S.
+
+    Attributes:
+        rows: the run of query rows.
+        keys: the keys that at least one of the rows sees.
+        row: (rows,) int, the row of each query among the keys.
+        key: (keys,) int, the row of each key.
+        end: (keys,) int, where the subtree of each key ends.
+        window: as in `tree_attention`.
+        depth: positions of the rows and of the keys; only with a window.
+    """
 
     rows: slice
-    keys: slice | Tensor  # the keys that at least one of the rows sees
-    row: Tensor  # (rows,) int, the row of each query among the keys
-    key: Tensor  # (keys,) int, the same of each key
-    end: Tensor  # (keys,) int, where its subtree ends
+    keys: slice | Tensor
+    row: Tensor
+    key: Tensor
+    end: Tensor
     window: int | None
-    depth: tuple[Tensor, Tensor] | None  # of the rows and of the keys; only with a window
+    depth: tuple[Tensor, Tensor] | None
 
     def visible(self) -> Tensor:
-        """(rows, keys) bool."""
+        """Return the mask, (rows, keys) bool."""
         seen = (self.key[None] <= self.row[:, None]) & (self.row[:, None] < self.end[None])
         if self.window is not None and self.depth is not None:
             seen &= self.depth[0][:, None] - self.depth[1][None] < self.window
@@ -46,10 +59,18 @@ def query_blocks(
     window: int | None = None,
     query_index: Tensor | None = None,
 ) -> list[QueryBlock]:
-    """What `tree_attention` needs to know of the mask; the same for every layer, so built once per row.
+    """Build what `tree_attention` needs to know of the mask; it is the same for every layer, so built once per row.
 
-    Arguments as there. Keys that no query of a block sees are left out, so that the cost follows the trees
-    and not the row.
+    Keys that no query of a block sees are left out, so that the cost follows the trees and not the row.
+
+    Args:
+        subtree_end: as in `tree_attention`.
+        position: as in `tree_attention`.
+        window: as in `tree_attention`.
+        query_index: as in `tree_attention`.
+
+    Returns:
+        The blocks, whose rows follow one another and are together all query rows.
 
     Raises:
         ValueError: a window without positions.
@@ -62,9 +83,11 @@ def query_blocks(
     for start in range(0, queries.shape[0], QUERY_BLOCK):
         i = queries[start : start + QUERY_BLOCK]
         j = rows[(rows <= i.max()) & (subtree_end > i.min())]
-        j = j if len(j) else rows[:1]  # masked for all of them, as attention to no key at all is not defined
+        # attention to no key at all is not defined, so one key stays, which is masked for all of them
+        j = j if len(j) else rows[:1]
         first, last = int(j[0]), int(j[-1])
-        keys = slice(first, last + 1) if last - first + 1 == len(j) else j  # a slice is not copied
+        # a slice is not copied
+        keys = slice(first, last + 1) if last - first + 1 == len(j) else j
         depth = None if window is None or position is None else (position[i], position[keys])
         part = slice(start, start + len(i))
         blocks.append(QueryBlock(part, keys, i, rows[keys], subtree_end[keys], window, depth))
@@ -83,13 +106,15 @@ def tree_attention(
     query_index: Tensor | None = None,
     blocks: list[QueryBlock] | None = None,
 ) -> Tensor:
-    """Attention of every token to its ancestors: token i sees j iff `j <= i < subtree_end[j]`.
+    """Compute the attention of every token to its ancestors: token i sees j iff `j <= i < subtree_end[j]`.
 
     Memory grows with S, not with its square: of long rows each block is computed again in the backward pass, since
     torch's attention keeps its mask until then.
 
     Args:
-        q: (S_q, H_q, D); k, v: (S, H_kv, D) with H_q a multiple of H_kv.
+        q: (S_q, H_q, D), with H_q a multiple of H_kv.
+        k: (S, H_kv, D).
+        v: (S, H_kv, D).
         subtree_end: (S,) int, one past the last token of the subtree under each token.
         scale: softmax scale, default `D ** -0.5`.
         position: (S,) int, depth of each token in its tree; needed with `window`.
@@ -117,7 +142,7 @@ def tree_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, scale: float | None) -> Tensor:
-    """(rows, H_q, D): what the queries of one block get."""
+    """Compute the attention of one block's queries, (rows, H_q, D)."""
     out = F.scaled_dot_product_attention(
         q[block.rows].transpose(0, 1)[None],
         k[block.keys].transpose(0, 1)[None],
@@ -130,9 +155,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, block: QueryBlock, scale: float | N
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T)[target]: hidden (L, H), weight (V, H), target (L,) -> (L,).
+    """Compute log softmax(hidden @ weight.T)[target].
 
-    The softmax is taken in float32 at least.
+    Args:
+        hidden: (L, H).
+        weight: (V, H).
+        target: (L,) int.
+
+    Returns:
+        (L,); the softmax is taken in float32 at least.
     """
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -140,19 +171,34 @@ def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in float32 at least.
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in float32 at least.
 
     The normalised value is rounded to x's dtype before the weight is applied, as Llama's definition does.
+
+    Args:
+        x: (..., H).
+        weight: (H,).
+        eps: is added to the mean.
+
+    Returns:
+        (..., H).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rotary(x: Tensor, position: Tensor, inverse_frequency: Tensor) -> Tensor:
-    """Rotary position embedding of Llama's non-interleaved form (arXiv 2104.09864).
+    """Compute the rotary position embedding in Llama's non-interleaved form (arXiv 2104.09864).
 
-    x (S, H, D), position (S,) the depth of each token in its tree, inverse_frequency (D / 2,) -> (S, H, D).
     Angles are computed in float32 at least and the rotation in x's dtype, as transformers does.
+
+    Args:
+        x: (S, heads, D).
+        position: (S,), the depth of each token in its tree.
+        inverse_frequency: (D / 2,).
+
+    Returns:
+        (S, heads, D), in x's dtype.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     angle = position.to(wide)[:, None] * inverse_frequency.to(wide)[None]
@@ -169,13 +215,14 @@ def sequence_sums(values: Tensor, span: Tensor, span_pointer: Tensor, span_index
     Args:
         values: (L,) float, one per scored position.
         span: (L,) int, the span of each position.
-        span_pointer: (N + 1,) int, CSR row pointer over sequences; span_index: the spans of each sequence.
+        span_pointer: (N + 1,) int, CSR row pointer over sequences.
+        span_index: (entries,) int, the spans of each sequence.
 
     Returns:
         (N,) in the dtype of `values`, summed in float64.
     """
-    # In float64: a log-prob near -500 summed token by token in float32 is off by more than its last digit, and an
-    # unrolled sequence by another amount than the same sequence in a tree.
+    # The sum is taken in float64: in float32 a log-prob near -500, summed token by token, is off by more than its last
+    # digit, and an unrolled sequence is off by another amount than the same sequence in a tree.
     wide = values.double()
     # L bounds the number of spans, so no size has to be read back from the device
     per_span = torch.zeros_like(wide).index_add(0, span.long(), wide)

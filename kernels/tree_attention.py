@@ -1,11 +1,11 @@
-"""Attention of every token to its ancestors over packed trees, in Triton, with a deterministic backward.
+"""Computes the attention of every token to its ancestors over packed trees, in Triton, with a deterministic backward.
 
     S keys, S_q query rows, H query heads, H_kv key heads, D head size, G = H / H_kv
 
 Plain documents, shared prompts and whole trees are one case: the mask is `subtree_end`, and block lists built once
-per row tell the kernels which tiles to visit. Where the kernels cannot run the definition in plain torch does, in
-blocks of queries: on CPU tensors (but for `TRITON_INTERPRET=1`, where the kernels are interpreted), in float64, and
-for head sizes the kernels do not take: rows of 16 bytes are what the copy engine moves, and beyond 256 columns a
+per row tell the kernels which tiles to visit. Where the kernels cannot run, the definition in plain torch does, in
+blocks of queries: on CPU tensors (except with `TRITON_INTERPRET=1`, where the kernels are interpreted), in float64,
+and for head sizes the kernels do not take: the copy engine moves rows in units of 16 bytes, and beyond 256 columns a
 tile's accumulators do not fit into registers.
 """
 
@@ -33,7 +33,7 @@ Blocks = TreeBlocks | list[QueryBlock]
 
 LOG2_E = math.log2(math.e)
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256
-# elements: of strides below this, offsets within a tile of 128 rows fit into 32 bits; the tile's own is in 64
+# Elements. With strides below this, offsets within a tile of 128 rows fit into 32 bits; the tile's own offset has 64.
 LARGEST_STRIDE = 1 << 24
 
 
@@ -47,15 +47,18 @@ def attention_blocks(
     window: int | None = None,
     query_index: Tensor | None = None,
 ) -> Blocks:
-    """What `tree_attention` needs to know of the mask: the same for every layer, so built once per row.
+    """Build what `tree_attention` needs to know of the mask; it is the same for every layer, so built once per row.
 
     On the GPU this is a few small kernels and no synchronisation with the host.
 
     Args:
-        subtree_end, position, window, query_index: as in `tree_attention`.
+        subtree_end: as in `tree_attention`.
         group: query heads per key head.
         size: of a head.
         dtype: of the queries.
+        position: as in `tree_attention`.
+        window: as in `tree_attention`.
+        query_index: as in `tree_attention`.
 
     Raises:
         ValueError: a window without positions.
@@ -78,27 +81,30 @@ def tree_attention(
     query_index: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """Attention of every token to its ancestors: token i sees j iff `j <= i < subtree_end[j]`.
+    """Compute the attention of every token to its ancestors: token i sees j iff `j <= i < subtree_end[j]`.
 
-    Differentiable in q, k and v; the gradients are the same bits every time.
+    It is differentiable in q, k and v, and the gradients are the same bits every time. Tensors whose heads are
+    contiguous, with strides that are multiples of 16 bytes and below `LARGEST_STRIDE`, are read as they are; others
+    are copied.
 
     Args:
-        q: (S_q, H, D); k, v: (S, H_kv, D), of one dtype, with H a multiple of H_kv. With contiguous heads
-            strides of 16 bytes' multiples below `LARGEST_STRIDE` are read as they are; anything else is copied.
+        q: (S_q, H, D), with H a multiple of H_kv.
+        k: (S, H_kv, D), in the dtype of `q`.
+        v: (S, H_kv, D), in the dtype of `q`.
         subtree_end: (S,) int, one past the last token of the subtree under each token.
         scale: softmax scale, above 0, default `D ** -0.5`.
         position: (S,) int, depth of each token in its tree; needed with `window`.
         window: token i sees j only if also `position[i] - position[j] < window` (Mistral's sliding window).
         query_index: (S_q,) int, the row of each query among the S keys, in any order; default `arange(S)`.
-        blocks: of `attention_blocks` with the same arguments, if they are at hand: position, window and query_index
-            are then taken from there.
+        blocks: of `attention_blocks` with the same arguments, if they are at hand; position, window and query_index
+            are then taken from them.
 
     Returns:
         (S_q, H, D) in the dtype of `q`; zero for a query that sees no key.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together, a window without positions, or blocks that were
-            built for other shapes.
+        ValueError: shapes or dtypes that do not fit together, a scale that is not above 0, a window without positions,
+            or blocks that were built for other shapes.
     """
     _check_shapes(q, k, v, subtree_end)
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -117,7 +123,7 @@ def tree_attention(
     queries, keys = _extent(blocks, subtree_end)
     if (queries, keys) != (q.shape[0], k.shape[0]):
         raise ValueError(
-            f"tree_attention: {q.shape[0]} queries and {k.shape[0]} keys, but the mask is of {queries} and {keys}"
+            f"tree_attention: {q.shape[0]} queries and {k.shape[0]} keys, but the blocks are of {queries} and {keys}"
         )
     if isinstance(blocks, list):
         return reference.tree_attention(q, k, v, subtree_end, scale=scale, blocks=blocks)
@@ -125,7 +131,7 @@ def tree_attention(
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
-    """The kernels trust these: a row too short would be read beyond its end."""
+    """Check what the kernels rely on: they would read a tensor with too few rows beyond its end."""
     fit = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
     fit = fit and q.shape[1] % k.shape[1] == 0 and subtree_end.shape == k.shape[:1]
     if not fit or not q.dtype == k.dtype == v.dtype:
@@ -136,7 +142,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
 
 
 def _extent(blocks: Blocks, subtree_end: Tensor) -> tuple[int, int]:
-    """How many query rows and keys the blocks are of; on the CPU they know only the former."""
+    """Return for how many query rows and keys the blocks were built; those of the CPU know only the number of rows."""
     if isinstance(blocks, list):
         return blocks[-1].rows.stop if blocks else 0, len(subtree_end)
     keys = len(blocks.subtree_end)
@@ -167,7 +173,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def tile_shapes(what: Problem) -> tuple[TileShape, TileShape, TileShape]:
-    """What lists the forward kernel and the two backward kernels walk."""
+    """Return the shapes of the tiles whose lists the forward kernel and the two backward kernels read."""
     forward, query_gradient, key_gradient = tiles(what)
     return (
         TileShape(forward.rows // what.pack, forward.keys),
@@ -177,13 +183,14 @@ def tile_shapes(what: Problem) -> tuple[TileShape, TileShape, TileShape]:
 
 
 class _Launcher:
-    """What the three kernels share of one call."""
+    """Launches the three kernels of one call, and holds what they share."""
 
     def __init__(self, q: Tensor, k: Tensor, blocks: TreeBlocks) -> None:
         self.S_q, self.H, self.D = q.shape
         self.S, self.H_kv, _ = k.shape
         self.G = self.H // self.H_kv
-        self.number_stride = -(-self.S_q // 16) * 16  # of numbers of each row, such as lse
+        # the stride of the numbers of each row, such as lse
+        self.number_stride = -(-self.S_q // 16) * 16
         self.what = problem(q.device, self.D, q.dtype, self.G)
         self.tiles, self.shapes = tiles(self.what), tile_shapes(self.what)
         self.blocks = blocks
@@ -191,19 +198,26 @@ class _Launcher:
             raise ValueError("tree_attention: `blocks` were built for other heads or another dtype")
 
     def queries(self, x: Tensor, tile: Tile) -> Any:
-        """What a loop reads tiles of tokens by packed heads through, of (S_q, H, D)."""
+        """Return what a loop reads tiles of tokens by packed heads through, from (S_q, H, D)."""
         box = [tile.rows // self.what.pack, self.what.pack, self.what.columns]
         return self._source(x, box)
 
     def keys(self, x: Tensor, tile: Tile) -> Any:
-        """The same of tokens of one head, of (S, H_kv, D)."""
+        """Return what a loop reads tiles of tokens of one head through, from (S, H_kv, D)."""
         return self._source(x, [tile.keys, 1, self.what.columns])
 
     def _source(self, x: Tensor, box: list[int]) -> Any:
         return TensorDescriptor(x, list(x.shape), list(x.stride()), box) if self.what.descriptors else x
 
     def __call__(self, kernel: Any, number: int, *arguments: Any, **constants: Any) -> None:
-        """Runs kernel `number` of three; arguments: the tensors, its first ones; constants: strides and scales."""
+        """Run one kernel.
+
+        Args:
+            kernel: the function.
+            number: 0 for the forward kernel, 1 and 2 for the gradients of queries and of keys.
+            *arguments: its first arguments, the tensors.
+            **constants: its strides and scales.
+        """
         tile, shape, blocks = self.tiles[number], self.shapes[number], self.blocks
         lists = blocks.lists[shape]
         by_query = (triton.cdiv(self.S_q, shape.queries), self.H // self.what.pack)
@@ -229,7 +243,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, blocks: TreeBlocks, scale: float) -> tuple[Tensor, Tensor]:
-    """out (S_q, H, D), and lse (H_kv, S_q rounded up, G) float32 to base 2."""
+    """Compute out (S_q, H, D), and lse (H_kv, S_q rounded up, G) float32 to base 2."""
     launch = _Launcher(q, k, blocks)
     out = q.new_empty(q.shape)
     lse = q.new_empty(launch.H_kv, launch.number_stride, launch.G, dtype=torch.float32)
@@ -259,7 +273,7 @@ def _backward(
 
 
 def _readable(x: Tensor) -> Tensor:
-    """`x`, or a copy where the copy engine could not read it in place."""
+    """Return `x`, or a copy where the copy engine could not read it in place."""
     *steps, last = (stride * x.itemsize for stride in x.stride())
     in_place = last == x.itemsize and x.data_ptr() % 16 == 0
     in_place = in_place and all(0 < step < LARGEST_STRIDE * x.itemsize and step % 16 == 0 for step in steps)
@@ -270,7 +284,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def aot_builds(capability: int) -> list[Build]:
-    """The shipped tiles of common groups of heads and every head size, and the masks on one of them.
+    """List the builds: the shipped tiles of common groups of heads and every head size, and all masks on one of them.
 
     Args:
         capability: 90 for sm_90; 0 for a GPU that is not NVIDIA's.
@@ -283,15 +297,20 @@ def aot_builds(capability: int) -> list[Build]:
     for window, index in [(True, False), (False, True), (True, True)]:
         builds += _builds(main, 128, window=window, index=index)
     builds += _builds(main._replace(dtype="float16"), 128)
-    if capability:  # elsewhere float32 products are chosen by the GPU at hand
-        for columns in (64, 128):  # with 256 they spill, whatever the tile
+    # elsewhere float32 products are chosen by the GPU at hand
+    if capability:
+        # float32 with 256 columns spills, whatever the tile
+        for columns in (64, 128):
             builds += _builds(main._replace(dtype="float32", columns=columns), columns)
     return builds
 
 
 def _products(what: Problem, field: str) -> Literal["any", "hgmma"]:
-    """Which tensor-core products a kernel must have: Hopper's take no transposed operands of 32 bits, and at least 64
-    rows, with which a key gradient of 256 columns spills in every form tried."""
+    """Tell which tensor-core products a kernel must have.
+
+    Hopper's take no transposed operands of 32 bits, and they take at least 64 rows, with which a key gradient of 256
+    columns spills in every form tried.
+    """
     without = what.dtype == "float32" or (field == "key_gradient" and what.columns == 256)
     return "any" if without else "hgmma"
 

@@ -1,4 +1,4 @@
-"""The backward kernels of tree attention: one for the queries' gradient, one for the keys' and values'.
+"""Computes the backward pass of tree attention: one kernel for the queries' gradient, one for the keys' and values'.
 
 Each gradient element is summed by one program in a fixed order, without atomics: the same inputs give the same
 bits. Names and layouts are those of the forward kernel.
@@ -69,7 +69,7 @@ def query_gradient_kernel(
     HAS_INDEX: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """dq; and delta = sum(out * grad) of every (token, head), which the other kernel needs too."""
+    """Compute dq, and delta = sum(out * grad) of every (token, head), which the other kernel needs too."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1) * PACK
     first = block * (ROWS // PACK)
@@ -117,8 +117,11 @@ def _key_step(
     G: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_INDEX: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """One query tile. Everything is transposed, keys are the rows: p and its gradient go from registers into the
-    products with grad and q."""
+    """Compute what one query tile adds to dk and dv.
+
+    Everything is transposed, so that keys are the rows: p and its gradient go from registers into the products with
+    grad and q.
+    """
     first = tl.load(list_ptr + t // (G // PACK)) * (ROWS // PACK)
     member = t % (G // PACK) * PACK
     q_head = head * G + member
@@ -206,7 +209,7 @@ def key_gradient_kernel(
     HAS_INDEX: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """dk and dv, summed over the G query heads of a key head."""
+    """Compute dk and dv, summed over the G query heads of a key head."""
     block, head = tl.program_id(0), tl.program_id(1)
     key0 = block * KEYS
     key = key0 + tl.arange(0, KEYS)
@@ -215,7 +218,7 @@ def key_gradient_kernel(
     dk = tl.zeros((KEYS, D_BLOCK), tl.float32)
     dv = tl.zeros((KEYS, D_BLOCK), tl.float32)
     list_ptr += block.to(tl.int64) * list_stride
-    # the heads that one tile does not hold are the fastest part of one flat loop
+    # one flat loop runs over query tiles and, innermost, over the packs of heads of the group
     full = tl.load(full_ptr + block) * (G // PACK)
     total = tl.load(total_ptr + block) * (G // PACK)
     for t in tl.range(0, full):
@@ -225,7 +228,7 @@ def key_gradient_kernel(
             lse_ptr, delta_ptr, query_position_ptr, index_ptr, list_ptr,
             G, D, D_BLOCK, ROWS, PACK, False, HAS_WINDOW, HAS_INDEX, DESCRIPTORS,
         )  # fmt: skip
-    # not before: the first loop has no register to spare
+    # loaded only here, because the first loop has no register to spare
     end, depth_end = key_limits(end_ptr, position_ptr, key, S, window, HAS_WINDOW)
     for t in tl.range(full, total):
         dk, dv = _key_step(

@@ -1,8 +1,8 @@
-"""Tile shapes of the tree attention kernels: the shipped table, and what tuning found on this machine.
+"""Chooses tile shapes for the tree attention kernels: from the shipped table, or what tuning found on this machine.
 
 The table holds shapes whose sm_90 binaries spill no register under Triton 3.6 and 3.9 (float32 with 256 columns does);
-`silva.kernels.aot` checks it for the masks and groups of heads it names. Nothing is timed unasked:
-`benchmarks/bench_tree_attention.py --tune` does, and keeps the best tiles in a file that every later process reads.
+`silva.kernels.aot` checks it for the masks and groups of heads it names. Nothing is timed unless a user asks for it:
+`benchmarks/bench_tree_attention.py --tune` times tiles, and writes the best ones to a file that later processes read.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ import torch
 
 from silva.kernels.dispatch import INTERPRETED
 
-MAX_PACK = 8  # heads in one tile: more would make lists long, as a tile then spans few tokens
+# heads in one tile: more would make lists long, because a tile then spans few tokens
+MAX_PACK = 8
 
 
 class Tile(NamedTuple):
-    """Of one kernel: rows (query tokens times packed heads) by keys, and how it is compiled."""
+    """Holds the tile of one kernel, and how the kernel is compiled for it.
+
+    Attributes:
+        rows: query tokens times packed heads.
+        keys: of the tile.
+        warps: of a program.
+        stages: of the software pipeline.
+    """
 
     rows: int
     keys: int
@@ -30,36 +38,53 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
+    """Holds the tile of each of the three kernels."""
+
     forward: Tile
     query_gradient: Tile
     key_gradient: Tile
 
 
 class Problem(NamedTuple):
-    """What tiles are chosen by."""
+    """Holds what tiles are chosen by.
 
-    architecture: str  # "sm_90"; "other" where nothing is known
-    columns: int  # head size, rounded up to a power of two
-    dtype: str  # "bfloat16", "float16", "float32"
-    group: int  # query heads per key head
+    Attributes:
+        architecture: such as "sm_90"; "interpreter", or "other" where nothing is known.
+        columns: head size, rounded up to a power of two.
+        dtype: "bfloat16", "float16" or "float32".
+        group: query heads per key head.
+    """
+
+    architecture: str
+    columns: int
+    dtype: str
+    group: int
 
     @property
     def pack(self) -> int:
-        """Heads of a group that share a tile: the largest power of two among its divisors."""
+        """Return how many heads share a tile: the largest power of two that divides the group, up to `MAX_PACK`."""
         return min(self.group & -self.group, MAX_PACK)
 
     @property
     def descriptors(self) -> bool:
-        """Whether the kernels' loops read through tensor descriptors: elsewhere they would not be pipelined."""
+        """Tell whether the kernels' loops read through tensor descriptors: elsewhere they would not be pipelined."""
         return self.architecture in ("sm_90", "sm_100", "interpreter")
 
     @property
     def key(self) -> str:
+        """Return the problem's name in the file of tuned tiles."""
         return " ".join(map(str, self))
 
 
 def problem(device: torch.device, size: int, dtype: torch.dtype, group: int) -> Problem:
-    """Args: size: of a head."""
+    """Return the problem that tiles are chosen by.
+
+    Args:
+        device: that the kernels run on.
+        size: of a head.
+        dtype: of the queries.
+        group: query heads per key head.
+    """
     columns = 1 << (size - 1).bit_length()
     return Problem(_architecture(device), columns, str(dtype).removeprefix("torch."), group)
 
@@ -89,13 +114,13 @@ SHIPPED: dict[tuple[str, int, int], Tiles] = {
     ("other", 256, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("other", 64, 4): Tiles(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 8, 1)),
     ("other", 128, 4): Tiles(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 8, 1)),
-    # spills on sm_90, as all that were tried did
+    # this one spills on sm_90, as did all others that were tried
     ("other", 256, 4): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
 }
 INTERPRETER_TILES = Tiles(Tile(64, 32, 4, 1), Tile(64, 16, 4, 1), Tile(32, 32, 4, 1))
 
 
-# what tuning tries; candidates that need more shared memory than there is are left out there
+# tuning tries these, and leaves out candidates that need more shared memory than there is
 CANDIDATES = {
     "forward": [
         Tile(64, 64, 4, 2),
@@ -110,18 +135,20 @@ CANDIDATES = {
 
 
 def tiles(what: Problem) -> Tiles:
-    """The tiles of each kernel for a problem: this machine's best where it was tuned, else the shipped ones."""
+    """Return the tiles of each kernel for a problem: this machine's best where it was tuned, else the shipped ones."""
     if what.architecture == "interpreter":
         return INTERPRETER_TILES
     return tuned().get(what.key) or shipped_tiles(what)
 
 
 def shipped_tiles(what: Problem) -> Tiles:
+    """Return the tiles of the shipped table for a problem."""
     shape = max(what.columns, 64), 4 if what.dtype == "float32" else 2
     return SHIPPED.get((what.architecture, *shape)) or SHIPPED["other", *shape]
 
 
 def tuning_file() -> Path:
+    """Return the path of the file that tuning writes."""
     cache = (
         os.environ.get("SILVA_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "silva"
@@ -131,7 +158,7 @@ def tuning_file() -> Path:
 
 @functools.cache
 def tuned() -> dict[str, Tiles]:
-    """`Problem.key` -> tiles, of the file that tuning writes; empty where there is none."""
+    """Read the file that tuning writes: `Problem.key` -> tiles; empty where there is none."""
     if not tuning_file().is_file():
         return {}
     found = json.loads(tuning_file().read_text())
@@ -139,7 +166,7 @@ def tuned() -> dict[str, Tiles]:
 
 
 def save_tuned() -> None:
-    """Writes `tuned()`, which tuning changes in place."""
+    """Write `tuned()`, which tuning changes in place, to the file."""
     tuning_file().parent.mkdir(parents=True, exist_ok=True)
     temporary = tuning_file().with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(tuned(), indent=1))

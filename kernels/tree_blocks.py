@@ -1,11 +1,11 @@
-"""Which tiles of the attention matrix hold something: lists of full and partial blocks, from `subtree_end` alone.
+"""Lists the tiles of the attention matrix that hold a visible pair, full and partial ones, from `subtree_end` alone.
 
     S keys, S_q query rows, n_q and n_k blocks of query rows and of keys
 
-A tile (query block, key block) is skipped when no query of it can see a key of it, *full* when every query sees
-every key, so that no mask has to be computed, and *partial* otherwise. Where queries are consecutive rows and
-there is no window, every tile that is not skipped holds a visible pair; with a window, or queries picked by
-`query_index`, the test uses bounds of a block and may keep an empty tile as partial, never the other way round.
+A tile (query block, key block) is *skipped* when no query of it can see a key of it, *full* when every query sees
+every key, so that no mask has to be computed, and *partial* otherwise. Where queries are consecutive rows and there is
+no window, every tile that is not skipped holds a visible pair. With a window, or queries picked by `query_index`, the
+test uses bounds of a block: it may keep a tile without a visible pair as partial, but never skips one that has one.
 """
 
 from __future__ import annotations
@@ -20,26 +20,34 @@ from torch import Tensor
 from silva.kernels.build import Build
 from silva.kernels.dispatch import jit, runs_kernels, tl, triton
 
-FULL, PARTIAL, SKIPPED = 0, 1, 2  # in the order of a list
-FAR = 1 << 30  # beyond any row and any position
-STEP = 256  # blocks that one step of the list kernel looks at
+# sorting by these numbers gives the order of a list
+FULL, PARTIAL, SKIPPED = 0, 1, 2
+# beyond any row and any position
+FAR = 1 << 30
+# blocks that one step of the list kernel looks at
+STEP = 256
 
 
 class TileShape(NamedTuple):
-    """Tokens of a tile, and what its lists are indexed by."""
+    """Holds the tokens of a tile, and what its lists are indexed by.
+
+    Attributes:
+        queries: tokens of a query block.
+        keys: tokens of a key block.
+        by_key: False lists the key blocks of each query block, True the query blocks of each key block.
+    """
 
     queries: int
     keys: int
-    by_key: bool = (
-        False  # False: the key blocks of each query block; True: the query blocks of each key block
-    )
+    by_key: bool = False
 
 
 class BlockLists(NamedTuple):
-    """Row r's list is `entries[r, :total[r]]`: full blocks up to `full[r]`, then partial ones, each ascending.
+    """Holds one list of blocks per row: row r's is `entries[r, :total[r]]`.
 
-    The rows have the stride of the longest list there can be: a compact form would have to read its size back
-    from the device, or take a prefix sum and a second pass, to save at most half.
+    The full blocks come first, up to `full[r]`, then the partial ones, each ascending. The rows have the stride of the
+    longest list there can be: a compact form would have to read its size back from the device, or take a prefix sum
+    and a second pass, to save at most half.
     """
 
     entries: Tensor  # (n_rows, n_columns) int32
@@ -48,20 +56,33 @@ class BlockLists(NamedTuple):
 
 
 class TreeBlocks(NamedTuple):
-    """The lists of one row for every kernel that asked for some, and what the mask of a partial tile needs."""
+    """Holds the lists of one row for every tile shape that was asked for, and what the mask of a partial tile needs.
+
+    Attributes:
+        lists: by tile shape.
+        subtree_end: (S,) int32, as in `tree_attention`.
+        window: as in `tree_attention`.
+        position: (S,) int32, of the keys; only with a window.
+        query_position: (S_q,) int32, of the queries; only with a window.
+        query_index: (S_q,) int32, the key row of each query; None: `arange(S)`.
+    """
 
     lists: dict[TileShape, BlockLists]
-    subtree_end: Tensor  # (S,) int32
+    subtree_end: Tensor
     window: int | None
-    position: Tensor | None  # (S,) int32, of the keys; only with a window
-    query_position: Tensor | None  # (S_q,) int32
-    query_index: Tensor | None  # (S_q,) int32
+    position: Tensor | None
+    query_position: Tensor | None
+    query_index: Tensor | None
 
 
 def blocks_without_lists(
     subtree_end: Tensor, position: Tensor | None, window: int | None, query_index: Tensor | None
 ) -> TreeBlocks:
-    """The mask alone; arguments as in `tree_blocks`."""
+    """Build the mask alone, without lists; the arguments are those of `tree_blocks`.
+
+    Raises:
+        ValueError: a window without positions.
+    """
     if window is not None and position is None:
         raise ValueError("tree_attention: a sliding window needs `position`")
     keys = position.int().contiguous() if position is not None and window is not None else None
@@ -78,12 +99,13 @@ def tree_blocks(
     window: int | None = None,
     query_index: Tensor | None = None,
 ) -> TreeBlocks:
-    """The lists of every shape, on the device of `subtree_end`, without a word between it and the host.
+    """Build the lists of every shape on the device of `subtree_end`, without synchronising it with the host.
 
     Args:
         subtree_end: (S,) int.
-        shapes: the tiles that kernels walk; equal ones are built once.
-        position, window: as in `tree_attention`.
+        shapes: of the tiles that kernels visit; equal ones are built once.
+        position: as in `tree_attention`.
+        window: as in `tree_attention`.
         query_index: (S_q,) int, the key row of each query, within 0 .. S - 1, in any order. The nearer the rows
             of a block, the fewer tiles are kept.
 
@@ -102,13 +124,13 @@ def tree_blocks(
 
 
 def classify(blocks: TreeBlocks, shape: TileShape) -> Tensor:
-    """(n_q, n_k) int8 of FULL, PARTIAL and SKIPPED: what the lists say, as a matrix."""
+    """Compute what the lists say as a matrix, (n_q, n_k) int8 of FULL, PARTIAL and SKIPPED."""
     end, rows = blocks.subtree_end, _query_rows(blocks)
     first_row, last_row = _lowest(rows, shape.queries)[:, None], _highest(rows, shape.queries)[:, None]
     first_key = torch.arange(0, end.shape[0], shape.keys, device=end.device)
     last_key = first_key + shape.keys - 1
     skipped = (first_key > last_row) | (_highest(end, shape.keys) <= first_row)
-    # a key that does not exist ends before every row: its tile is never full
+    # keys past the last one get an end before every row, so that their tile is never full
     nearest_end = _lowest(F.pad(end, (0, -end.shape[0] % shape.keys), value=0), shape.keys)
     full = (last_key <= first_row) & (nearest_end > last_row)
     if rows.shape[0] % shape.queries:
@@ -127,7 +149,7 @@ def _query_rows(blocks: TreeBlocks) -> Tensor:
 
 
 def _lowest(x: Tensor, size: int) -> Tensor:
-    """The minimum of each run of `size` values, the last of which may be shorter."""
+    """Compute the minimum of each run of `size` values; the last run may be shorter."""
     count = -(-x.shape[0] // size)
     return F.pad(x, (0, count * size - x.shape[0]), value=FAR).view(count, size).amin(1)
 
@@ -171,8 +193,11 @@ def _bounds_kernel(
     HAS_INDEX: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    """One program per block of queries, then of keys. Rows of the (4, n_q) and (4, n_k) bounds: first and last row, or
-    smallest and largest subtree end; then smallest and largest position."""
+    """Compute the bounds of every block, one program per block of queries, then one per block of keys.
+
+    The rows of the (4, n_q) bounds are first and last row, then smallest and largest position. Those of the (4, n_k)
+    bounds are smallest and largest subtree end, then smallest and largest position.
+    """
     block = tl.program_id(0)
     if block < n_q:
         o_row = block * QUERIES + tl.arange(0, QUERIES)
@@ -190,7 +215,7 @@ def _bounds_kernel(
         block -= n_q
         o_key = block * KEYS + tl.arange(0, KEYS)
         m_key = o_key < S
-        # a key that does not exist ends before every row: its tile is never full
+        # keys past the last one get an end before every row, so that their tile is never full
         end = tl.load(end_ptr + o_key, mask=m_key, other=0)
         tl.store(key_ptr + block, tl.min(end, 0))
         tl.store(key_ptr + n_k + block, tl.max(end, 0))
@@ -215,7 +240,7 @@ def _tile_kinds(
     KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """(full, partial) of tiles (query, key): `classify`, word for word."""
+    """Compute (full, partial) of tiles (query, key) exactly as `classify` does."""
     first_row = tl.load(query_ptr + query, mask=m_pair, other=0)
     last_row = tl.load(query_ptr + n_q + query, mask=m_pair, other=0)
     nearest_end = tl.load(key_ptr + key, mask=m_pair, other=0)
@@ -252,7 +277,7 @@ def _lists_kernel(
     HAS_WINDOW: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One program per list: counts its full blocks, then writes both kinds, the partial ones after them."""
+    """Compute one list per program: count its full blocks, then write both kinds, the partial ones last."""
     row = tl.program_id(0)
     lane = tl.arange(0, STEP)
     same = row + lane * 0
@@ -315,7 +340,7 @@ def _lists_on_device(blocks: TreeBlocks, shape: TileShape) -> BlockLists:
 
 
 def aot_builds(capability: int) -> list[Build]:
-    """One of each direction, with and without everything a mask can have."""
+    """List one build of each direction, with and without everything a mask can have."""
     builds = []
     numbers = dict.fromkeys(("S", "S_q", "n_q", "n_k"), "i32")
     for every in (False, True):

@@ -162,17 +162,17 @@ def lines(file: Path, count: int) -> list[dict]:
         return [json.loads(line) for _, line in zip(range(count), source, strict=False)]
 
 
-def test_gsm8k_solutions(model, shared_data):
+def test_gsm8k_solutions(model, inputs):
     trees: list[Tree] = []
-    for row in lines(shared_data / "gsm8k" / "example_model_solutions.jsonl.gz", 3):
+    for row in lines(inputs / "gsm8k" / "example_model_solutions.jsonl.gz", 3):
         texts = [value["solution"] for value in row.values() if isinstance(value, dict)]
         trees.append((conversations(model, [[row["question"], t] for t in texts]), [(0, 1), (2, 3), (0, 3)]))
     check(model, trees, ["dpo", "kto", "bt_dr"])
 
 
-def test_mint_trajectories(model, shared_data):
+def test_mint_trajectories(model, inputs):
     trees: list[Tree] = []
-    for row in lines(shared_data / "mint_trees" / "mint_gsm8k_open15.jsonl.gz", 1):
+    for row in lines(inputs / "mint_trees" / "mint_gsm8k_open15.jsonl.gz", 1):
         texts = []
         for trajectory in row["trajectories"][:5]:
             turns = [turn["content"] for turn in trajectory["turns"] if turn["content"].strip()]
@@ -182,9 +182,9 @@ def test_mint_trajectories(model, shared_data):
     check(model, trees, ["sft", "nca", "bt_dr"])
 
 
-def test_game_of_24(model, shared_data):
+def test_game_of_24(model, inputs):
     trees: list[Tree] = []
-    for row in lines(shared_data / "tot_game24" / "trees.jsonl.gz", 2):
+    for row in lines(inputs / "tot_game24" / "trees.jsonl.gz", 2):
         nodes = {node["id"]: node for node in row["nodes"]}
         leaves = [n for n in nodes.values() if n["parent"] is not None and n.get("correct") is not None][:8]
         leaves = leaves or [n for n in nodes.values() if n["depth"] == 3][:8]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import file_map
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,14 +154,7 @@ def test_kernels_know_nothing_of_the_engine():
 
 
 def test_the_map_names_every_file_in_one_line():
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    named = re.findall(r"^\| \[`([\w/]+\.py)`\]\(\.\./([\w/]+\.py)\) \| (.+) \|$", text, flags=re.M)
-    assert all(shown == target for shown, target, _ in named)
-    here = {
-        str(path)
-        for path in FILES
-        if path.parts[0] != "tests" and (ROOT / path).stat().st_size and path.name != "__init__.py"
-    }
-    assert {target for _, target, _ in named} == here
-    assert len(named) == len(here)
-    assert all(10 < len(words) < 160 for _, _, words in named)
+    """`make map` writes it."""
+    page = file_map.PAGE.read_text()
+    assert page.partition(file_map.BEGIN)[2] == file_map.made()
+    assert all(len(line) < 280 for line in file_map.made().splitlines())

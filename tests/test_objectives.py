@@ -1,11 +1,11 @@
 """Every loss and its gradient against a float64 definition written out here, and against TRL's own code."""
 
 import math
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl_losses
 
 from silva.engine import objectives
 from silva.engine.objectives import OBJECTIVES, Preference
@@ -319,76 +319,19 @@ def test_each_objective_reads_its_keys_and_no_others(name):
 
 
 # ---------------------------------------------------------------- TRL
-#
-# TRL 1.16 computes its losses inside the trainers' `_compute_loss` and `compute_loss`; they are called here
-# with a stand-in trainer whose "model" returns the log-probs of this test. They average over the batch.
-
-
-class Accelerator:
-    device = torch.device("cpu")
-
-    def gather(self, x):
-        return x
-
-    gather_for_metrics = gather
-
-
-def trainer(**keys):
-    return SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=Accelerator(),
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
-        beta=SETTINGS.beta,
-        label_smoothing=SETTINGS.label_smoothing,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-        **keys,
-    )
-
-
-def token_outputs(totals, lengths):
-    """A model output and the batch it belongs to: sequence i scores its last lengths[i] of S tokens.
-
-    totals: (B,) log-prob of each sequence, spread evenly over its tokens. Returns (outputs, mask (B, S)).
-    """
-    size = int(lengths.max())
-    mask = torch.arange(size + 1) > size - lengths[:, None]  # one leading prompt token, never scored
-    per_token = (totals / lengths)[:, None] * mask[:, 1:]
-    zeros = torch.zeros_like(per_token)
-    outputs = SimpleNamespace(log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    return outputs, mask
 
 
 @pytest.mark.parametrize(
     ("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo"), ("hinge", "hinge"), ("nca", "nca_pair")]
 )
 def test_trl_dpo_trainer(name, loss_type):
-    from trl import DPOTrainer
-
     batch = Batch()
     sides = batch.comparisons.long().T.flatten()  # TRL's order: all chosen, then all rejected
-    stand_in = trainer(
-        ld_alpha=None,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        use_weighting=False,
+    theirs, metrics = trl_losses.dpo_loss(
+        batch.policy[sides], batch.reference[sides], batch.lengths[sides], loss_type, SETTINGS
     )
-    outputs, mask = token_outputs(batch.policy[sides], batch.lengths[sides])
-    ref_chosen, ref_rejected = batch.reference[sides].chunk(2)
-    inputs = {
-        "input_ids": torch.zeros_like(mask, dtype=torch.long),
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask.long(),
-        "ref_chosen_logps": ref_chosen,
-        "ref_rejected_logps": ref_rejected,
-    }
-    theirs = DPOTrainer._compute_loss(stand_in, lambda **_: outputs, inputs, False)
     ours = batch.run(name)
     compare(ours.loss.mean(), theirs, batch.policy)
-    metrics = stand_in._metrics["train"]
     assert metrics["rewards/chosen"][0] == pytest.approx(ours.chosen_reward.mean().item(), rel=1e-9)
     assert metrics["rewards/rejected"][0] == pytest.approx(ours.rejected_reward.mean().item(), rel=1e-9)
 
@@ -402,8 +345,9 @@ def test_trl_kto_trainer():
     index = torch.arange(N).int()
     absent = torch.full_like(index, -1)
     batch.comparisons = torch.stack([index.where(label, absent), index.where(~label, absent)], dim=1)
-    outputs, mask = token_outputs(batch.policy, batch.lengths)
-    stand_in = trainer(
+    outputs, mask = trl_losses.token_outputs(batch.policy, batch.lengths)
+    stand_in = trl_losses.trainer(
+        SETTINGS,
         calculate_KL=True,
         loss_type="kto",
         desirable_weight=SETTINGS.lambda_desirable,
@@ -432,7 +376,7 @@ def test_trl_reward_trainer(name):
     inputs = {"attention_mask": torch.ones(2 * P, 3)}
     if name == "bt_margin":
         inputs["margin"] = torch.full((P,), SETTINGS.margin, dtype=torch.float64)
-    stand_in = trainer(args=SimpleNamespace(center_rewards_coefficient=None))
+    stand_in = trl_losses.trainer(SETTINGS, args=SimpleNamespace(center_rewards_coefficient=None))
     theirs = RewardTrainer.compute_loss(stand_in, lambda **_: outputs, inputs)
     compare(batch.run(name).loss.mean(), theirs, batch.rewards)
 
@@ -446,7 +390,7 @@ def test_trl_cpo_trainer(name, monkeypatch):
     batch = Batch()
     smoothing = SETTINGS.label_smoothing if name == "cdpo" else 0.0
     stand_in = SimpleNamespace(
-        accelerator=Accelerator(),
+        accelerator=trl_losses.Accelerator(),
         alpha=0.0,
         beta=SETTINGS.beta,
         simpo_gamma=SETTINGS.gamma,
@@ -471,7 +415,7 @@ def test_trl_orpo_trainer(monkeypatch):
     batch = Batch()
     mean = batch.policy / batch.lengths
     c, r = batch.comparisons.long().unbind(1)
-    stand_in = SimpleNamespace(accelerator=Accelerator(), beta=SETTINGS.beta)
+    stand_in = SimpleNamespace(accelerator=trl_losses.Accelerator(), beta=SETTINGS.beta)
     theirs = ORPOTrainer.odds_ratio_loss(stand_in, mean[c], mean[r])
     torch.testing.assert_close(batch.run("orpo").loss + mean[c], -theirs[0].double(), rtol=1e-5, atol=1e-7)
 

@@ -1,6 +1,6 @@
 """Reads what a checkpoint's folder says of itself: its name, `run.json`, and torch's index of what lies where.
 
-Nothing here touches a model. The index is a pickle, so it is read through a list of what may stand in it.
+Nothing here touches a model. The index is a pickle, so it is read through a list of the names that it may hold.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from silva.engine.errors import UserError
 
 PREFIX = "step-"
 PARTIAL = ".partial"
-RUN = "run.json"  # what the run is, the step, and the size of every file
-INDEX = ".metadata"  # torch's, of what lies where in which file
+# says which run the checkpoint belongs to, which step comes next, and the size of every file
+RUN = "run.json"
+# torch's index of what lies where in which file
+INDEX = ".metadata"
+# ends the errors about a damaged checkpoint
 ELSE = "remove the checkpoint to go on from the one before it"
 
-# What torch's checkpoint index is made of. It is a pickle, so it is read through this list:
-# anything else in it is refused instead of run.
+# The names that torch's checkpoint index may hold. The index is a pickle: any other name in it is refused, because
+# loading it could run code.
 _INDEX_MODULES = {
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.planner",
@@ -44,18 +47,20 @@ _INDEX_NAMES = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles an index, and refuses names that are not in the list."""
+
     def find_class(self, module: str, name: str) -> Any:
         known = (module, name) in _INDEX_NAMES or (module in _INDEX_MODULES and "." not in name)
         if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's index")
 
 
 @contextlib.contextmanager
 def guarded_index() -> Iterator[None]:
-    """Have torch read a checkpoint's index through the allow-list while the block lasts.
+    """Have torch read a checkpoint's index through the list of allowed names while the block lasts.
 
-    Every release up to 2.13 loads it with `pickle.load`, and none offers another way.
+    Every release of torch up to 2.13 loads it with `pickle.load`, and none offers another way.
     """
 
     def load(file: BinaryIO) -> Any:
@@ -71,12 +76,25 @@ def guarded_index() -> Iterator[None]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """List the complete checkpoints of a run, oldest first."""
     return sorted(p for p in folder.glob(f"{PREFIX}????????") if (p / RUN).is_file())
 
 
 def checked(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """What `run.json` says, if the checkpoint is this run's and whole. One rank looks; all raise what it found."""
+    """Return what `run.json` says, if the checkpoint is complete and of this run.
+
+    The call is collective: rank 0 reads the folder, and every rank returns what it found or raises its error.
+
+    Args:
+        checkpoint: its folder.
+        run: what identifies the run; `run.json` must agree with it.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to another run.
+    """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -107,11 +125,11 @@ def _inspected(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
         if not file.is_file():
             raise UserError(f"{file}: is missing; {ELSE}")
         if file.stat().st_size != size:
-            raise UserError(f"{file}: has {file.stat().st_size} bytes of {size}; {ELSE}")
+            raise UserError(f"{file}: has {file.stat().st_size} bytes instead of {size}; {ELSE}")
     try:
         with (checkpoint / INDEX).open("rb") as stream:
             _IndexUnpickler(stream).load()
-    # a damaged pickle raises whatever its bytes happen to mean
+    # a damaged pickle may raise any exception
     except Exception as error:
         raise UserError(f"{checkpoint / INDEX}: is no index of a checkpoint ({error}); {ELSE}") from error
     return saved

@@ -1,12 +1,12 @@
-"""What a checkpoint holds of the optimizer: one form, whichever optimizer wrote it and however it was split.
+"""Gives the optimizer's state one form in a checkpoint, whichever optimizer wrote it and however it was split.
 
 Main weights and moments are called `optimizer.state.param.<weight>`, `optimizer.state.exp_avg.<weight>` and
-`optimizer.state.exp_avg_sq.<weight>`, and have the shape of the whole weight. Of the distributed optimizer a
+`optimizer.state.exp_avg_sq.<weight>`, and have the shape of the whole weight. With the distributed optimizer, a
 process owns a range of a weight's flat elements; in the whole weight that range is a few boxes. Each process writes
-the boxes it owns and reads those it needs, in place: nothing is gathered, on no layout.
+the boxes it owns and reads those it needs, in place, so nothing is gathered on any layout.
 
-megatron-core's own form that any layout can read ("fully_reshardable") gathers the state of a model slice in one
-process when it saves, and has every process read all of it when it loads.
+megatron-core has a form of its own that any layout can read ("fully_reshardable"). It gathers the state of a model
+slice in one process when it saves, and has every process read all of it when it loads.
 """
 
 from __future__ import annotations
@@ -34,15 +34,20 @@ PREFIX = "optimizer.state"
 def sharded(
     model: dict[str, Any], optimizer: Any, metadata: dict[str, Any], *, loading: bool
 ) -> dict[str, Any]:
-    """The optimizer's state for megatron-core's `dist_checkpointing`.
+    """Return the optimizer's state for megatron-core's `dist_checkpointing`.
 
     Args:
-        model: the sharded state of the model's chunks on this process, over the very parameters it has.
+        model: the sharded state of the model's chunks on this process, made of the parameters themselves, not of
+            copies.
         optimizer: of `get_megatron_optimizer`.
         metadata: how optimizers that are not distributed name their state.
-        loading: whether it will be read into. The distributed optimizer's moments are allocated, if they are not yet.
+        loading: whether it will be read into. The distributed optimizer's moments are then allocated, if they are not
+            yet.
+
+    Returns:
+        The state as `dist_checkpointing` takes it.
     """
-    # several are for experts and for frozen parts, which there are none of
+    # megatron-core chains several only for experts and for frozen parameters, and the models here have neither
     [one] = optimizer.chained_optimizers
     if isinstance(one, DistributedOptimizer):
         return _distributed(model, one, loading=loading)
@@ -62,7 +67,12 @@ def sharded(
 
 
 def load(optimizer: Any, state: dict[str, Any]) -> None:
-    """Take over what was read into `sharded(..., loading=True)`."""
+    """Take over the state that was read into `sharded(..., loading=True)`.
+
+    Args:
+        optimizer: of `get_megatron_optimizer`.
+        state: as `sharded` returned it, after `dist_checkpointing.load`.
+    """
     [one] = optimizer.chained_optimizers
     if isinstance(one, DistributedOptimizer):
         settings = {name: value for name, value in state.items() if name != "owned"}
@@ -73,7 +83,8 @@ def load(optimizer: Any, state: dict[str, Any]) -> None:
 
 def _distributed(model: dict[str, Any], one: Any, *, loading: bool) -> dict[str, Any]:
     if loading:
-        one.load_state_dict(one.state_dict())  # allocates the moments where no step has been taken
+        # allocates the moments if no step has been taken yet
+        one.load_state_dict(one.state_dict())
     weights = {
         weight.data: weight
         for weight in nested_values(extract_sharded_tensors_and_factories(model)[0])
@@ -82,7 +93,8 @@ def _distributed(model: dict[str, Any], one: Any, *, loading: bool) -> dict[str,
     owned = []
     for parameter, (start, end) in _ranges(one):
         for name, values in one._get_main_param_and_optimizer_states(parameter).items():
-            if name in ("param", "exp_avg", "exp_avg_sq"):  # torch's Adam also counts its steps here
+            # torch's Adam also keeps its number of steps here
+            if name in ("param", "exp_avg", "exp_avg_sq"):
                 key = f"{PREFIX}.{name}.{weights[parameter].key}"
                 assert values.numel() == end - start, key
                 owned += boxes_of(weights[parameter], key, values, start)
@@ -90,7 +102,7 @@ def _distributed(model: dict[str, Any], one: Any, *, loading: bool) -> dict[str,
 
 
 def _ranges(one: Any) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """By parameter, the range of its flat elements whose state this process owns."""
+    """Yield each parameter with the range of its flat elements whose state this process owns."""
     for buffer in one.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -101,14 +113,20 @@ def _ranges(one: Any) -> Iterator[tuple[Tensor, tuple[int, int]]]:
 def boxes_of(
     weight: ShardedTensor | ShardedTensorFactory, key: str, values: Tensor, start: int
 ) -> list[ShardedTensor]:
-    """A range of a process's part of a weight as boxes of the whole weight.
+    """Describe a range of a process's part of a weight as boxes of the whole weight.
 
     Args:
-        weight: the process's part; a factory where it is itself made of several parts of the whole (gate and up
+        weight: the process's part; a factory if it is itself made of several parts of the whole (gate and up
             projections of a tensor-parallel MLP).
         key: what the boxes' tensor is called.
         values: (elements of the range,) of any dtype; the boxes are views of it.
         start: the range's first element in the flat part.
+
+    Returns:
+        The boxes, in the order of the elements.
+
+    Raises:
+        ValueError: the parts of a factory do not make up the weight, or are no ranges of its flat elements.
     """
     values = values.view(-1)
     whole = torch.empty(weight.data.shape, dtype=values.dtype, device="meta")
@@ -117,14 +135,14 @@ def boxes_of(
     else:
         parts = [replace(weight, key=key, data=whole, dtype=values.dtype)]
     if sum(part.data.numel() for part in parts) != whole.numel():
-        raise ValueError(f"{key}: its parts are not the weight")
+        raise ValueError(f"{key}: its parts do not make up the weight")
     found = []
     for part in parts:
         first = part.data.storage_offset()
         if not part.data.is_contiguous():
             raise ValueError(f"{key}: a part of it is not a range of its flat elements")
         lower, upper = max(first, start), min(first + part.data.numel(), start + len(values))
-        # copies of the slice in other data-parallel processes own other ranges: all of them write
+        # other data-parallel processes hold copies of this slice but own other ranges of it, so all of them write
         replica = (*part.replica_id[:-1], 0)
         for offset, shape in boxes(part.data.shape, lower - first, upper - first):
             size = math.prod(shape)
@@ -136,7 +154,8 @@ def boxes_of(
                     data=values[lower - start : lower - start + size].view(shape),
                     local_shape=shape,
                     global_offset=tuple(a + b for a, b in zip(part.global_offset, offset, strict=True)),
-                    axis_fragmentations=None,  # they are no regular grid
+                    # the boxes form no regular grid
+                    axis_fragmentations=None,
                     prepend_axis_num=0,
                     replica_id=replica,
                 )
@@ -146,10 +165,16 @@ def boxes_of(
 
 
 def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The fewest boxes, in order, that make up elements `start` to `end` of a tensor in row-major order.
+    """Yield the fewest boxes that together are elements `start` to `end` of a tensor in row-major order.
+
+    Args:
+        shape: of the tensor.
+        start: the first element.
+        end: one past the last element.
 
     Yields:
-        offset and shape of each. Of a matrix at most three: the rest of a row, whole rows, the beginning of a row.
+        (offset, shape) of each box, in order. A matrix has at most three: the rest of a row, whole rows, and the
+        beginning of a row.
     """
     if end <= start:
         return

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000120` with the model, the optimizer and a `run.json` that tells which run it belongs
 to. The number is the step that comes next. The state is staged in host memory, a forked process of every rank writes
-its part, and the whole is published when all of them are done.
+its part, and the checkpoint is published when all of them are done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import silva.engine.parallel  # noqa: F401  prepares megatron-core before it is imported
+# prepares megatron-core, so it stands before megatron-core's import
+import silva.engine.parallel  # noqa: F401
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -29,19 +30,26 @@ from silva.engine.errors import UserError
 
 
 class Saver:
-    """Writes a run's checkpoints into one folder, one at a time. Every method is collective."""
+    """Writes a run's checkpoints into one folder, one at a time.
+
+    Every method is collective.
+
+    Args:
+        folder: of all the run's checkpoints.
+        keep: how many checkpoints are kept, the newest ones.
+        asynchronous: whether training may go on while a checkpoint is written.
+
+    Attributes:
+        write: what writes a rank's files; a test may exchange it.
+    """
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
-        """
-        Args:
-            keep: how many checkpoints stay, the newest ones.
-            asynchronous: whether training may go on while a checkpoint is written.
-        """
         self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
         self.write: writer.Write = writer.write_files
-        # megatron-core's: forks a writer, finishes when those of all are done
+        # forks a writer, and finishes a checkpoint when the writers of all ranks are done
         self._calls = AsyncCallsQueue()
-        self._target = folder  # the checkpoint that is being written
+        # the checkpoint that is being written
+        self._target = folder
 
     def save(
         self,
@@ -52,15 +60,18 @@ class Saver:
         *,
         wait: bool = False,
     ) -> None:
-        """Stage the state of model and optimizer, which may change from then on, and have it written.
+        """Stage the state of model and optimizer, and have it written; the state may change after the call.
 
-        It is written under another name and renamed when it is whole: a killed run leaves no half checkpoint.
-        An earlier checkpoint that is still being written is waited for.
+        The checkpoint is written under another name and renamed when it is complete, so a killed run leaves no half
+        checkpoint. The call first waits for an earlier checkpoint that is still being written.
 
         Args:
             step: the step that comes next.
-            run: what identifies the run; `load` compares it.
-            wait: return only when the checkpoint is published, as a saver that is not asynchronous always does.
+            chunks: the model of this rank, one module per virtual pipeline stage.
+            optimizer: of `get_megatron_optimizer`.
+            run: what identifies the run; `state.load` compares it.
+            wait: whether to return only when the checkpoint is published, as a saver that is not asynchronous always
+                does.
 
         Raises:
             UserError: the checkpoint, or the one before it, could not be written.
@@ -80,23 +91,27 @@ class Saver:
             self.wait()
 
     def poll(self) -> None:
-        """Publish the checkpoint in flight if every rank has written its part; costs nothing where there is none.
+        """Publish the checkpoint in flight if every rank has written its part; costs nothing if there is none.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the checkpoint could not be written.
         """
         if self._calls.get_num_unfinalized_calls():
             self._finishing(self._calls.maybe_finalize_async_calls)
 
     def wait(self) -> None:
-        """Return when no checkpoint is in flight; raises as `poll` does."""
+        """Return when no checkpoint is in flight.
+
+        Raises:
+            UserError: the checkpoint could not be written.
+        """
         while self._calls.get_num_unfinalized_calls():
-            # many short collectives: one that waited for the slowest writer would run into its time limit
+            # many short collectives: a single one would exceed its time limit while it waits for the slowest writer
             self._finishing(self._calls.maybe_finalize_async_calls)
             time.sleep(0.01)
 
     def _new_partial(self) -> Path:
-        """An empty folder with a name of its own: writers of a killed run may still be writing into theirs."""
+        """Make an empty folder with a new name, because writers of a killed run may still write into theirs."""
         name = [f"{self._target.name}.{secrets.token_hex(4)}{PARTIAL}"]
         dist.broadcast_object_list(name)
         found = self.folder / name[0]
@@ -110,7 +125,8 @@ class Saver:
     def _publish(self, partial_folder: Path, final: Path, identity: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
             files = {path.name: path.stat().st_size for path in sorted(partial_folder.iterdir())}
-            del files[INDEX]  # holds the folder's name, and is read whole anyway
+            # the index holds the folder's name, and is read as a whole anyway when a checkpoint is checked
+            del files[INDEX]
             text = json.dumps(identity | {"files": files}, indent=1) + "\n"
             (partial_folder / RUN).write_text(text)
             shutil.rmtree(final, ignore_errors=True)
@@ -122,7 +138,8 @@ class Saver:
     def _finishing(self, work: Callable[[], Any]) -> None:
         try:
             work()
-        except CheckpointException as error:  # raised on every rank, with the reasons on the first one
+        # raised on every rank, with the reasons on the first one
+        except CheckpointException as error:
             raise UserError(
                 f"{self._target}: the checkpoint could not be written ({state.reasons(error)}); earlier "
                 "checkpoints are whole: look at disk space and memory, then start the run again to resume"

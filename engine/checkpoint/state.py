@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import silva.engine.parallel  # noqa: F401  prepares megatron-core before it is imported
+# prepares megatron-core, so it stands before megatron-core's import
+import silva.engine.parallel  # noqa: F401
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -22,7 +23,7 @@ from silva.engine.model.gpt import unwrapped
 
 
 def metadata() -> dict[str, Any]:
-    """How megatron-core names and cuts what is saved: so that it can be loaded on any other layout."""
+    """Return how megatron-core names and cuts what is saved, so that it can be loaded on any other layout."""
     return {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -31,7 +32,7 @@ def metadata() -> dict[str, Any]:
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Drop `_extra_state` objects: they are empty without FP8 and would be read back by plain pickle."""
+    """Drop `_extra_state` objects, which are empty without FP8 and would be read back by plain pickle."""
     kept = {}
     for key, value in state.items():
         if isinstance(key, str) and key.endswith("_extra_state"):
@@ -43,7 +44,13 @@ def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def sharded(chunks: Sequence[Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
-    """optimizer: None leaves it out."""
+    """Return the state of model and optimizer for megatron-core's `dist_checkpointing`.
+
+    Args:
+        chunks: the model of this rank, one module per virtual pipeline stage, wrapped or not.
+        optimizer: of `get_megatron_optimizer`; None leaves it out.
+        loading: whether the state will be read into.
+    """
     names = metadata()
     keys = ["model"] if len(chunks) == 1 else [f"model{k}" for k in range(len(chunks))]
     state = {
@@ -57,10 +64,18 @@ def sharded(chunks: Sequence[Any], optimizer: Any, *, loading: bool) -> dict[str
 
 
 def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str, Any]) -> int:
-    """Read a checkpoint into model and optimizer, on any layout. Returns the step that comes next. Collective.
+    """Read a checkpoint into model and optimizer, on any layout.
+
+    The call is collective.
 
     Args:
-        optimizer: None reads the model alone; its chunks need no gradient buffers then.
+        checkpoint: its folder.
+        chunks: the model of this rank, one module per virtual pipeline stage, wrapped or not.
+        optimizer: of `get_megatron_optimizer`; None reads the model alone, whose chunks then need no gradient buffers.
+        run: what identifies the run, as it was given to `Saver.save`.
+
+    Returns:
+        The step that comes next.
 
     Raises:
         UserError: the checkpoint is damaged, or belongs to a run of other data, another model or other settings of
@@ -75,13 +90,14 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str,
         why = reasons(error) if isinstance(error, CheckpointException) else _reason(error)
         problem, cause = f"{checkpoint}: cannot be read ({why}); {ELSE}", error
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)  # not every release tells the others
+    # not every release of megatron-core tells the other ranks
+    dist.all_gather_object(problems, problem)
     for found in [problem, *problems]:
         if found:
             raise UserError(found) from cause
     for k, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{k}"
-        # strict=False: `_extra_state` was left out on purpose; parameters are checked by hand
+        # strict=False, because `_extra_state` was left out on purpose; the parameters are compared below
         missing, unexpected = unwrapped(chunk).load_state_dict(state[key], strict=False)
         lost = [name for name in missing if not name.endswith("_extra_state")]
         if lost or unexpected:
@@ -94,12 +110,12 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str,
 
 
 def reasons(error: CheckpointException) -> str:
-    """Why ranks failed, on the first one: the others are told that some did."""
+    """State why ranks failed, which only rank 0 knows; on other ranks the error says only that some did."""
     reasons = [f"rank {rank}: {_reason(reason[0])}" for rank, reason in sorted(error.failures.items())]
     return "; ".join(reasons) or "see rank 0"
 
 
 def _reason(error: BaseException) -> str:
-    # torch's own text of several lines advises to load the file unsafely
+    # torch's own message has several lines and advises to load the file unsafely
     unread = isinstance(error, pickle.UnpicklingError)
     return "its bytes are not what was written" if unread else str(error).partition("\n")[0]

@@ -1,20 +1,20 @@
-"""Writes a rank's part of a checkpoint, where megatron-core's own way would hang, copy too much or spawn.
+"""Writes a rank's part of a checkpoint, because megatron-core would hang, copy too much or spawn processes to do so.
 
-Every place where megatron-core's behaviour is replaced stands in this file. Releases up to 0.19.2 were read; "all"
-means that none of them ends the reason.
+Every place where megatron-core's behaviour is replaced is in this file. The table was checked against the releases up
+to 0.19.2; "all" means that the reason holds in every one of them.
 
 ====================================  =====================================================================  ==========
-replaced                              why                                                                    in releases
+replaced                              why                                                                    releases
 ====================================  =====================================================================  ==========
-filesystem_async._results_queue       a spawned manager process per rank, which imports the whole program    all
+filesystem_async._results_queue       spawns a manager process per rank, which imports the whole program     all
                                       again: 12 s for a save of 1 s
-FileSystemWriterAsync                 copies every tensor of the host that is a part of a larger storage,    all
-.prepare_write_data                   all at once; an optimizer's state in host memory is
+FileSystemWriterAsync                 copies, all at once, every tensor in host memory that is a part of a   all
+.prepare_write_data                   larger storage; an optimizer's state in host memory is such a part
 AsyncRequest.async_fn                 forks a process for each file, and waits for ever if one of them is    0.16
-                                      killed; later ones write in threads, as is done here
+                                      killed; later releases write in threads, as is done here
 AsyncRequest.preload_fn               stages in page-locked memory, which torch rounds up to powers of two   all
-                                      and keeps, and which is not a forked process's own
-AsyncRequest.execute_sync             a barrier of ten minutes for the slowest writer                        all
+                                      and keeps, and of which a forked process has no copy of its own
+AsyncRequest.execute_sync             waits at most ten minutes at a barrier for the slowest writer          all
 ====================================  =====================================================================  ==========
 """
 
@@ -50,16 +50,21 @@ Write = Callable[[list[Any], int, list[Any], "Results"], None]
 def request(
     folder: Path, state: dict[str, Any], content: dict[str, Any], write: Write, *, forked: bool
 ) -> AsyncRequest:
-    """Make megatron-core's plan of who writes what, with our way to write it.
+    """Have megatron-core plan which rank writes what, and replace its way to write it by ours.
 
     Args:
+        folder: of the checkpoint.
         state: what to save, as megatron-core's `dist_checkpointing` takes it.
         content: how the state is named and cut, kept beside it.
-        write: what writes; `write_files` unless a test looks on.
+        write: what writes: `write_files`, or a test's own function.
         forked: whether a forked process writes it.
+
+    Returns:
+        The request, which megatron-core's queue or `execute` carries out.
     """
     patched: Any = filesystem_async
-    patched._results_queue = Results()  # one for each save: nothing of a failed one is left in it
+    # a new one for each save, so that nothing of a failed save is left in it
+    patched._results_queue = Results()
     # later releases ask which library writes
     library = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options: dict[str, Any] = {"async_strategy": "mcore"} if library else {}
@@ -71,7 +76,8 @@ def request(
             content_metadata=content,
             **options,
         )
-    if found.async_fn is None:  # nothing to write on this rank
+    # this rank has nothing to write
+    if found.async_fn is None:
         return found
     transforms = found.async_fn.args[0]
     buckets = found.async_fn_args[1]
@@ -82,9 +88,9 @@ def request(
 
 @contextlib.contextmanager
 def _without_copies() -> Iterator[None]:
-    """Have megatron-core plan what is written without copying tensors of the host, while the block lasts.
+    """Have megatron-core plan what is written without copying tensors in host memory, while the block lasts.
 
-    A part of a larger storage is copied when it is its turn to be written.
+    A part of a larger storage is copied only when it is its turn to be written.
     """
     patched: Any = filesystem_async.FileSystemWriterAsync
     original = patched.prepare_write_data
@@ -111,7 +117,7 @@ def _planned(writer: Any, plan: SavePlan, planner: SavePlanner) -> None:
 
 
 class _Parts(list[Any]):
-    """Lists (item, tensor) pairs; each tensor has a storage of its own, for as long as it is looked at."""
+    """Lists (item, tensor) pairs, and gives each tensor a storage of its own while the loop is at it."""
 
     def __iter__(self) -> Iterator[Any]:
         for item, tensor in super().__iter__():
@@ -119,14 +125,14 @@ class _Parts(list[Any]):
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Copy a part of a storage: torch would write all of it."""
+    """Copy a tensor that is a part of a storage, because torch would write all of the storage."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _staged(buckets: list[Any], *, forked: bool) -> list[Any]:
-    """Stage what is written in host memory that is not page-locked; a forked writer sees it as it is now.
+    """Copy what is written to host memory that is not page-locked; a forked writer sees it as it is now.
 
-    That process could not copy anything itself: torch's threads do not survive the fork.
+    A forked writer cannot copy anything itself, because torch's threads do not survive the fork.
     """
 
     def staged(tensor: Tensor) -> Tensor:
@@ -142,7 +148,10 @@ def _staged(buckets: list[Any], *, forked: bool) -> list[Any]:
 
 
 def execute(request: AsyncRequest) -> None:
-    """Write in this process; ranks that are done wait for hours for the others."""
+    """Write in this process.
+
+    The call is collective: a rank that is done waits for the others, for hours if need be.
+    """
     if request.async_fn is not None:
         rank, _, results = request.async_fn_args
         request.async_fn(rank, request.preload_fn(), results)
@@ -151,9 +160,17 @@ def execute(request: AsyncRequest) -> None:
         finalize()
 
 
-@_disable_gc()  # in a forked writer it would free tensors of the GPU, which belong to the parent
+# the garbage collector of a forked writer would free tensors of the GPU, which belong to the parent
+@_disable_gc()
 def write_files(transforms: list[Any], rank: int, buckets: list[Any], results: Results) -> None:
-    """Write this rank's files, in a thread each."""
+    """Write this rank's files, each in a thread of its own.
+
+    Args:
+        transforms: what megatron-core does to the data on the way to a file.
+        rank: this process among all.
+        buckets: the files, as `request` staged them.
+        results: what was written, or the exception of a thread that failed, is put here.
+    """
     if os.getpid() != results.owner:
         end_with(results.owner)
     answers: queue.Queue[Any] = queue.Queue()
@@ -178,27 +195,34 @@ def end_with(parent: int) -> None:
     A forked writer holds the GPU's memory for as long as it lives, and the run that is started again needs it.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it was faster
+        # 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        # the parent may have ended before the call
+        if os.getppid() != parent:
             os._exit(1)
 
 
 class Results:
-    """Carries what was written from a rank's writer, a forked process or the rank itself, to the rank.
+    """Carries what a rank's writer, a forked process or the rank itself, has written back to the rank.
 
-    A pipe would block for ever once the results exceed its 64 KiB.
+    It is a file, because a pipe would block for ever once the results exceed its 64 KiB.
+
+    Attributes:
+        owner: the id of the rank's process.
     """
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the save
+        # lives as long as the save
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
 
     def put(self, results: Any) -> None:
+        """Write the results; called once, by the writer."""
         pickle.dump(results, self._file)
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Return the results, or an exception that says why there are none: megatron-core tells it to every rank."""
+        """Return the results, or an exception that says why there are none; megatron-core tells it to every rank."""
         self._file.seek(0)
         try:
             return pickle.load(self._file)

@@ -1,4 +1,4 @@
-"""The trees a run trains on: a view of tokenized shards, mixed from sources, split by instruction."""
+"""Holds the trees a run trains on: a view of tokenized shards, mixed from sources and split by instruction."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ Numbers = NDArray[np.int64]
 
 
 class DataSet:
-    """Trees in reading order, their sequences and comparisons numbered through; decoded when asked for.
+    """Holds trees in reading order, and decodes a tree when it is asked for.
+
+    Sequences and comparisons are numbered through over all trees.
+
+    Args:
+        shards: where the trees lie.
+        trees: (len,) int64, the numbers of the trees over all shards; None takes all.
+        copies: (len,) int64, how often an epoch takes each tree; None takes each once.
 
     Attributes:
-        sequences, comparisons: totals over the trees, each counted once.
-        tokens: (len,) tokens of each merged tree.
-        fingerprint: hex digest of every token, scored flag and comparison, and how often each tree is taken.
+        trees: (len,) int64, the numbers of the trees over all shards.
+        copies: (len,) int64, how often an epoch takes each tree.
+        sequences: total over the trees, each tree counted once.
+        comparisons: total over the trees, each tree counted once.
+        tokens: (len,) int64, tokens of each merged tree.
+        fingerprint: hex digest of every token, scored flag and comparison, and of how often each tree is taken.
     """
 
     def __init__(
         self, shards: Sequence[store.Shard], trees: Numbers | None = None, copies: Numbers | None = None
     ) -> None:
-        """
-        Args:
-            shards: where the trees lie.
-            trees: (len,) their numbers over all shards; None: all.
-            copies: (len,) how often an epoch takes each; None: once.
-        """
         self._shards = list(shards)
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self.trees: Numbers = np.arange(self._starts[-1]) if trees is None else trees
@@ -58,12 +62,12 @@ class DataSet:
 
     @classmethod
     def of(cls, groups: Iterable[TokenGroup]) -> DataSet:
-        """A data set held in memory."""
+        """Return a data set that is held in memory."""
         return cls([store.Shard(store.to_batch(list(groups)))])
 
     @classmethod
     def joined(cls, parts: Sequence[DataSet]) -> DataSet:
-        """All trees of the parts, one part behind the other."""
+        """Return a data set of all trees of the parts, one part after the other."""
         starts = np.cumsum([0, *(part._starts[-1] for part in parts)])
         return cls(
             [shard for part in parts for shard in part._shards],
@@ -72,11 +76,11 @@ class DataSet:
         )
 
     def __len__(self) -> int:
-        """Number of different trees."""
+        """Return the number of different trees."""
         return len(self.trees)
 
     def group(self, k: int) -> TokenGroup:
-        """Tree `k` with its numbers in this data set."""
+        """Return tree `k`, with the numbers of its first sequence and comparison in this data set."""
         number = int(self.trees[k])
         shard = int(np.searchsorted(self._starts, number, "right")) - 1
         found = self._shards[shard][number - int(self._starts[shard])]
@@ -85,30 +89,39 @@ class DataSet:
         return found
 
     def units(self, unit: Unit) -> Numbers:
-        """(len,) sequences or comparisons of each tree."""
+        """Return the number of sequences or comparisons of each tree, (len,) int64."""
         return self._counts[unit]
 
     def order(self, epoch: int, *, shuffle: bool, seed: int) -> Numbers:
-        """The trees of one epoch; as many of each as its copies, whatever the epoch."""
+        """Return the trees of one epoch in the order of training.
+
+        Args:
+            epoch: counts from 0; every epoch takes each tree as often as its copies say.
+            shuffle: whether the order is drawn, anew for each epoch.
+            seed: of the draw.
+
+        Returns:
+            (sum of copies,) int64, indices of trees.
+        """
         taken = np.repeat(np.arange(len(self)), self.copies)
         return np.random.default_rng([seed, 0, epoch]).permutation(taken) if shuffle else taken
 
     @property
     def instructions(self) -> NDArray[np.uint8]:
-        """(len, 16) digests of the first user messages."""
+        """Return the digests of the first user messages, (len, 16) uint8."""
         return self._gather([s.instruction for s in self._shards])
 
     @property
     def digests(self) -> NDArray[np.uint8]:
-        """(len, 16) digests of the trees."""
+        """Return the digests of the trees, (len, 16) uint8."""
         return self._gather([s.digest for s in self._shards])
 
     def where(self, chosen: NDArray[np.bool_] | Numbers) -> DataSet:
-        """The chosen trees, as a mask or as rising numbers."""
+        """Return a data set of the chosen trees, which are named by a mask (len,) or by rising indices."""
         return DataSet(self._shards, self.trees[chosen], self.copies[chosen])
 
     def with_copies(self, copies: Numbers) -> DataSet:
-        """The same trees, taken `copies` (len,) times an epoch; those taken no time are left out."""
+        """Return a data set that takes each tree `copies` (len,) times an epoch; trees with 0 copies are left out."""
         some = copies > 0
         return DataSet(self._shards, self.trees[some], copies[some])
 
@@ -126,17 +139,23 @@ def prepare(
     seed: int,
     say: pipeline.Say | None = None,
 ) -> tuple[DataSet, list[Path]]:
-    """The mixture of all sources, tokenized now or found in the cache, and the folders it lies in.
+    """Mix all sources, which are tokenized now or found in the cache.
 
     Args:
+        sources: what is mixed, in this order.
+        tokenizer: turns conversations into tokens.
+        settings: the recipe's rules on length, bad rows, scoring and decontamination.
         unit: "sequence" for SFT, "comparison" for everything else.
         cache: where tokenized sources are kept.
         seed: of the draw, where a source gives only part of its trees.
         say: told of every source that has to be tokenized.
 
+    Returns:
+        The mixture, and the folder of shards of each source.
+
     Raises:
-        UserError: unreadable or malformed data, a conversation that does not fit under `too_long: refuse`,
-            a source that holds less than its `count`, or nothing left to train on.
+        UserError: unreadable or malformed data, a conversation that does not fit under `too_long: refuse`, a source
+            that holds less than its `count`, or nothing left to train on.
     """
     decontaminator = Decontaminator(settings.decontaminate) if settings.decontaminate else None
     encoder = Encoder(tokenizer, settings, unit)
@@ -150,7 +169,17 @@ def prepare(
 
 
 def mixture(sources: Sequence[Source], folders: Sequence[Path], *, unit: Unit, seed: int) -> DataSet:
-    """The trees of finished folders, of each source as many as its `count` or `weight` says."""
+    """Mix the trees of finished folders, of each source as many as its `count` or `weight` says.
+
+    Args:
+        sources: what is mixed, in this order.
+        folders: of shards, one for each source; see `pipeline.build`.
+        unit: what `count` and `weight` count.
+        seed: of the draw, where a source gives only part of its trees.
+
+    Raises:
+        UserError: a source that holds less than its `count`, or nothing left to train on.
+    """
     parts = [DataSet(pipeline.shards(folder)) for folder in folders]
     if not any(map(len, parts)):
         left_out = Report()
@@ -164,7 +193,7 @@ def mixture(sources: Sequence[Source], folders: Sequence[Path], *, unit: Unit, s
 
 
 def _share(data: DataSet, source: Source, unit: Unit, seed: int) -> DataSet:
-    """The part of a source that an epoch takes: whole trees, until `count` or `weight` x its units are reached.
+    """Take an epoch's part of a source: whole trees, until `count` or `weight` times its units are reached.
 
     Which trees a fraction takes depends on their instructions and the seed alone.
     """
@@ -187,10 +216,19 @@ def _share(data: DataSet, source: Source, unit: Unit, seed: int) -> DataSet:
 
 
 def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSet]:
-    """Split trees into (train, held out) by their instruction, so that none stands on both sides.
+    """Split trees into a training part and a held-out part, so that no instruction is in both.
 
-    An instruction's place depends on itself and the seed alone: SFT and preference stages that keep different rows
-    of one data set hold out the same instructions. The held-out share is therefore about, not exactly, `fraction`.
+    An instruction's side depends only on the instruction itself and the seed, so SFT and preference stages that keep
+    different rows of one data set hold out the same instructions. The held-out share is therefore about, not exactly,
+    `fraction`.
+
+    Args:
+        data: what is split.
+        fraction: share of the instructions to hold out.
+        seed: of the draw.
+
+    Returns:
+        (train, held out); the held-out trees are taken once each.
 
     Raises:
         UserError: nothing is left on one side.
@@ -202,10 +240,11 @@ def hold_out(data: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSe
             f"{'to train on' if held.all() else 'to hold out'}; give more data or another fraction"
         )
     rest, out = data.where(~held), data.where(held)
-    return rest, out.with_copies(np.ones(len(out), np.int64))  # judged once each
+    # a held-out tree is evaluated once, however often an epoch of its source would take it
+    return rest, out.with_copies(np.ones(len(out), np.int64))
 
 
 def _places(instructions: NDArray[np.uint8], key: bytes) -> NDArray[np.float64]:
-    """(n,) numbers in [0, 1), one per instruction, as good as random and the same in every run."""
+    """Compute (n,) numbers in [0, 1), one per instruction, as good as random and the same in every run."""
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in instructions)
     return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])

@@ -1,4 +1,4 @@
-"""From conversations to tokens: one group of text becomes one front-coded tree, under the recipe's length rule."""
+"""Tokenizes groups of conversations: each becomes one front-coded tree, under the recipe's length rule."""
 
 from __future__ import annotations
 
@@ -21,21 +21,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Tokenizes groups. `settings`: the length rule, what is scored, the row a comparison has to fit."""
+    """Tokenizes groups.
+
+    Attributes:
+        tokenizer: turns one conversation into tokens.
+        settings: the length rule, what is scored, and the row length that a comparison has to fit.
+        unit: "sequence" for SFT data, "comparison" for preference data.
+    """
 
     tokenizer: ChatTokenizer
     settings: Data
     unit: Unit
 
     def __call__(self, group: Group, report: Report) -> TokenGroup | None:
-        """The group with every sequence tokenized and cut to length; None if nothing of it is left.
+        """Tokenize every sequence of a group and cut it to length.
+
+        Args:
+            group: the conversations of one tree.
+            report: counts what is left out or cut.
+
+        Returns:
+            The tree; None if nothing of it is left.
 
         Raises:
-            UserError: a conversation the template cannot render, or one that does not fit under
+            UserError: a conversation that the template cannot render, or one that does not fit under
                 `too_long: refuse`.
         """
         sequences: list[TokenSequence] = []
-        place: list[int] = []  # conversation -> index into `sequences`
+        # index into `sequences` of each conversation; ABSENT where the conversation was dropped
+        place: list[int] = []
         for conversation in group.conversations:
             try:
                 whole = self.tokenizer.encode(conversation, score=self.settings.score)
@@ -72,7 +86,7 @@ class Encoder:
         origin: str,
         report: Report,
     ) -> tuple[int, int] | None:
-        """The comparison's (chosen, rejected) among `sequences`; None, counted, if it cannot be trained on."""
+        """Return (chosen, rejected) as indices into `sequences`; None, counted, if they cannot be trained on."""
         settings = self.settings
         named = [side for side in (comparison.chosen, comparison.rejected) if side is not None]
         if any(place[side] == ABSENT for side in named):
@@ -112,7 +126,8 @@ class Encoder:
             return None
         kept = slice(length - limit, length) if rule == "truncate_left" else slice(0, limit)
         scored = sequence.scored[kept].copy()
-        scored[0] = False  # nothing is left that predicts the first token
+        # nothing is left that predicts the first token
+        scored[0] = False
         if not scored.any():
             report.skip(f"sequence with no scored token left in {limit} tokens", origin)
             return None
@@ -121,8 +136,10 @@ class Encoder:
 
 
 def instructions(group: Group) -> list[str]:
-    """The first user message of each conversation, each text once; the first is what a group is held out and
-    drawn by."""
+    """Return the first user message of each conversation, each text once.
+
+    Whether a group is held out or drawn depends on the first of them alone.
+    """
     firsts = (
         next(message.content for message in conversation if message.role == "user")
         for conversation in group.conversations

@@ -1,7 +1,8 @@
-"""Global batches: which comparisons a step holds, how their trees lie in rows, which rank gets which row.
+"""Builds global batches: which comparisons a step holds, how their trees lie in rows, and which rank gets which row.
 
-Everything is a pure function of (data, settings, step, ranks), the same on every rank: resuming at a step needs no
-state but its number, and the global count a step divides by needs no communication. A rank merges its own rows only.
+Everything is a pure function of (data, settings, step, ranks) and gives the same on every rank. So resuming at a step
+needs no state but the step's number, and the global count that a step divides by needs no communication. A rank merges
+only its own rows.
 """
 
 from __future__ import annotations
@@ -26,57 +27,80 @@ from silva.engine.data.trees.splitting import Part
 from silva.engine.data.trees.tree import merge
 from silva.engine.errors import UserError
 
-AHEAD = 2  # batches that are built before they are asked for
+# number of batches that are built before they are asked for
+AHEAD = 2
 
 
 @dataclass(slots=True)
 class GlobalBatch:
-    """One rank's rows of one optimizer step, and the counts of all ranks' rows, which losses are divided by.
+    """Holds one rank's rows of one optimizer step, and the counts of all ranks' rows that losses are divided by.
 
-    Counts are those of the step's units, however their trees are cut and spread; `unique` and `tokens` are of the
-    rows as they are.
+    Counts are those of the step's units, however their trees are cut and spread; `unique` and `tokens` count the rows
+    as they are, tokens that cutting repeats included.
+
+    Attributes:
+        rows: of this rank; every rank has the same number of rows.
+        mismatched: KTO's rows of completion i + 1 under prompt i; empty for other objectives.
+        comparisons: of all ranks.
+        sides: present sides of the comparisons: two for a pair, one for unpaired feedback.
+        sequences: of all ranks.
+        mismatched_sequences: of all ranks.
+        scored: scored tokens, counted once per sequence.
+        unrolled: tokens of all sequences, each counted alone.
+        tokens: (ranks, rows) int64, tokens of each row without padding.
+        imbalance: cost of the slowest rank's rows, divided by the mean over ranks.
+        waited: seconds between asking for the batch and having it.
     """
 
-    rows: list[list[Piece]]  # of this rank, equally many on every rank
-    mismatched: list[list[Piece]]  # KTO: rows of completion i + 1 under prompt i; no rows otherwise
+    rows: list[list[Piece]]
+    mismatched: list[list[Piece]]
     comparisons: int
-    sides: int  # present sides of comparisons: two a pair, one for unpaired feedback
+    sides: int
     sequences: int
     mismatched_sequences: int
-    scored: int  # scored tokens, counted once per sequence
-    unrolled: int  # tokens of all sequences, each alone
-    tokens: NDArray[np.int64]  # (ranks, rows) of each row, without padding
-    imbalance: float  # cost of the slowest rank's rows over the mean
-    waited: float = 0.0  # seconds between asking for the batch and having it
+    scored: int
+    unrolled: int
+    tokens: NDArray[np.int64]
+    imbalance: float
+    waited: float = 0.0
 
     @property
     def unique(self) -> int:
-        """Tokens of all ranks' trees."""
+        """Return the number of tokens of all ranks' trees."""
         return int(self.tokens.sum())
 
     def capacity(self, multiple: int) -> int:
-        """Tokens of all ranks' rows, padded as `pack_row` does."""
+        """Return the number of tokens of all ranks' rows, padded to a multiple of `multiple` as by `pack_row`."""
         return int((np.maximum(1, -(-self.tokens // multiple)) * multiple).sum())
 
 
 class BatchLoader:
     """Cuts a data set into global batches of exactly `global_batch` units (the last of an epoch may be smaller).
 
-    A tree that crosses the end of a batch is cut there between two comparisons: the batch holds what a
-    batch of unrolled comparisons would hold, at the price of computing that tree's shared tokens twice.
+    A tree that crosses the end of a batch is cut there, between two comparisons. So the batch holds what a batch of
+    unrolled comparisons would hold, but the shared tokens of that tree are computed twice.
 
     Args:
+        data: the trees.
         unit: what `global_batch` counts: "sequence" (SFT) or "comparison".
+        global_batch: units per step, over all ranks.
         row_length: tokens of the longest row.
         epochs: passes over the data.
-        shuffle: a new order of trees every epoch, from `seed`.
-        mismatched: also lay out KTO's mismatched pairs.
-        rank, ranks: this data-parallel rank and how many there are.
-        multiple: of rows per rank; interleaved pipelines take micro-batches by the number of stages.
-        cost: what ranks are balanced by; tokens alone unless given.
+        shuffle: whether every epoch has a new order of trees.
+        seed: of the order.
+        mismatched: whether KTO's mismatched pairs are laid out too.
+        rank: this data-parallel rank.
+        ranks: number of data-parallel ranks.
+        multiple: the number of rows per rank is a multiple of it; interleaved pipelines need a multiple of the number
+            of stages.
+        cost: what ranks are balanced by; the number of tokens unless given.
+
+    Attributes:
+        steps_per_epoch: number of batches of one epoch.
+        steps: number of batches of all epochs.
 
     Raises:
-        UserError: mismatched pairs wanted from data with one tree only.
+        UserError: mismatched pairs are wanted, but the data hold fewer than two trees.
     """
 
     def __init__(
@@ -99,13 +123,15 @@ class BatchLoader:
         self.mismatched, self.cost = mismatched, cost
         self.rank, self.ranks, self.multiple = rank, ranks, multiple
         if mismatched and len(data) < 2:
-            raise UserError("kto pairs each prompt with another prompt's completion: give it more than one")
+            raise UserError(
+                "kto pairs each prompt with the completion of another tree: the data need more than one"
+            )
 
         def epoch_order(epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             order = data.order(epoch, shuffle=shuffle, seed=seed)
             return order, np.cumsum(data.units(unit)[order])
 
-        # one epoch while it lasts, and the next one as the batches ahead reach into it
+        # two epochs are kept, because the batches that are built ahead may already be those of the next one
         self._epoch = lru_cache(maxsize=2)(epoch_order)
         self.steps_per_epoch = -(-int(self._epoch(0)[1][-1]) // global_batch)
         self.steps = self.steps_per_epoch * epochs
@@ -145,7 +171,15 @@ class BatchLoader:
         )
 
     def prefetch(self, start: int, stop: int) -> Iterator[tuple[int, GlobalBatch]]:
-        """(step, batch) from `start` to `stop`, the next ones being built while the current one is used."""
+        """Yield the batches of some steps, and build the next ones while the current one is used.
+
+        Args:
+            start: the first step.
+            stop: one past the last step.
+
+        Yields:
+            (step, batch).
+        """
         pool = ThreadPoolExecutor(1)
         coming: deque[Future[GlobalBatch]] = deque()
         try:
@@ -173,18 +207,18 @@ class BatchLoader:
         return spread(parts, self.cost, ranks=self.ranks, row_length=self.row_length, multiple=self.multiple)
 
     def _merged(self, plan: list[list[list[Part]]]) -> list[list[Piece]]:
-        """This rank's rows."""
+        """Merge the trees of this rank's rows."""
         return [[piece(part) for part in row] for row in plan[self.rank]]
 
     def mismatched_id(self, comparison: int, side: int) -> int:
-        """Number of a mismatched sequence, counted on from the data set's own sequences."""
+        """Return the number of a mismatched sequence; these numbers follow those of the data set's own sequences."""
         return self.data.sequences + 2 * comparison + side
 
     def _mismatched(self, index: int, group: TokenGroup, units: range) -> Part:
-        """Each prompt of tree `index` under the completion of the next tree in the data set.
+        """Join the prompts of tree `index` to the completions of the next tree in the data set.
 
-        The partner is fixed by the data alone (not by the batch), so the reference log-probs can be cached
-        and no layout, batch size or shuffling changes the estimate of a pair.
+        The partner is fixed by the data alone and not by the batch, so the reference log-probs can be cached, and no
+        layout, batch size or shuffling changes the estimate of a pair.
         """
         other = self.data.group((index + 1) % len(self.data))
         made: dict[int, TokenSequence] = {}
@@ -198,7 +232,7 @@ class BatchLoader:
                     made[self.mismatched_id(group.first_comparison + unit, side)] = _graft(
                         group.sequence(own), other.sequence(theirs), self.row_length
                     )
-        # a comparison with nothing tells each sequence's place in the group's order
+        # `TokenGroup.of` reorders sequences: one comparison per sequence, its other side absent, tells the new places
         merged = TokenGroup.of(
             list(made.values()), [(k, ABSENT) for k in range(len(made))], [False] * len(made)
         )
@@ -208,7 +242,7 @@ class BatchLoader:
 
 
 def piece(part: Part) -> Piece:
-    """Merge a part of a tree."""
+    """Merge a part of a tree into one tree, with the comparisons of the part."""
     group, members = part.group, part.members
     pairs = group.comparisons[part.compared]
     return Piece(
@@ -220,7 +254,7 @@ def piece(part: Part) -> Piece:
 
 
 def _graft(prompt: TokenSequence, completion: TokenSequence, limit: int) -> TokenSequence:
-    """The prompt of one sequence with the completion of another, the completion cut to fit `limit` tokens.
+    """Join the prompt of one sequence to the completion of another, which is cut so that both fit `limit` tokens.
 
     A completion is everything from the first scored token on.
     """

@@ -1,13 +1,13 @@
-"""One data source to a folder of tokenized shards: rows are read once, trees tokenized in parallel, kept on disk.
+"""Turns one data source into a folder of tokenized shards: reads rows once, and tokenizes trees in parallel.
 
-1. *Reading* (one process): every row is parsed and appended to a spool file; beside it stand where each row lies
-   and which tree it belongs to. Rows of one tree need not be adjacent in the source.
-2. *Tokenizing* (all cores): trees in order of their first rows are cut into shards by size; a worker merges the
-   rows of a shard's trees, tokenizes them and writes one Arrow file.
+1. *Reading* (one process): every row is parsed and appended to a spool file; files beside it say where each row lies
+   and which rows belong to one tree. Rows of one tree need not be adjacent in the source.
+2. *Tokenizing* (all cores): the trees, in the order of their first rows, are cut into shards by size; a worker merges
+   the rows of a shard's trees, tokenizes them and writes one Arrow file.
 
-Memory: about 200 bytes per tree and 24 per row in the reading process, one shard per worker. A killed run goes on
-with the shards that are missing. The folder's name is a digest of everything its content depends on, and it gets
-that name only when it is whole.
+The reading process takes about 200 bytes of memory per tree and 24 per row; a worker takes one shard. A run that was
+killed continues with the shards that are missing. The folder's name is a digest of everything that its content depends
+on, and the folder gets that name only when it is complete.
 """
 
 from __future__ import annotations
@@ -44,16 +44,23 @@ if TYPE_CHECKING:
     from silva.engine.recipe.schema import Source
 
 Say = Callable[[str], None]
-VERSION = 1  # raised whenever the same input would give other shards
-SHARD_BYTES = (
-    8 << 20
-)  # parsed text of one shard: what a worker holds at a time, some ten times over in objects
-_READ_EVERY = 1000  # rows between two updates of the progress bar
+# raised whenever the same input would give other shards
+VERSION = 1
+# parsed text of one shard; a worker holds one shard at a time, as objects that take about ten times as many bytes
+SHARD_BYTES = 8 << 20
+# rows between two updates of the progress bar
+_READ_EVERY = 1000
 
 
 @dataclass(frozen=True)
 class SourceTask:
-    """What the tokens of one source depend on."""
+    """Holds what the tokens of one source depend on.
+
+    Attributes:
+        source: where the data lie, and how they are read.
+        encoder: tokenizes the groups.
+        decontaminator: leaves out instructions that are in a test set; None leaves out none.
+    """
 
     source: Source
     encoder: Encoder
@@ -61,17 +68,21 @@ class SourceTask:
 
     @cached_property
     def reader(self) -> SourceReader:
-        """Return the source's reader; raises UserError where the source's keys cannot be meant."""
+        """Return the source's reader.
+
+        Raises:
+            UserError: keys of the source are invalid; see `SourceReader`.
+        """
         return SourceReader(self.source, self.encoder.unit, self.encoder.settings.on_bad_row)
 
     @property
     def key(self) -> str:
-        """Digest of data, tokenizer, template and settings; reads every byte of the source's files."""
+        """Return the digest of data, tokenizer, template and settings; every byte of the source's files is read."""
         settings = self.encoder.settings
         parts = {
             "version": VERSION,
             "data": fingerprint(self.source.path, self.source.split),
-            # how much of it an epoch takes is decided later
+            # without the keys that say how much of the source an epoch takes: that is decided later, by `mixture`
             "source": self.source.model_dump(exclude={"path", "count", "weight"}),
             "tokenizer": self.encoder.tokenizer.fingerprint,
             "unit": self.encoder.unit,
@@ -84,17 +95,21 @@ class SourceTask:
 
 
 def build(task: SourceTask, cache: Path, *, workers: int | None = None, say: Say | None = None) -> Path:
-    """The folder of a source's shards, made unless it is there. Several processes may call it at once.
+    """Return the folder of a source's shards, which is made unless it exists.
+
+    Several processes may call this at once.
 
     Args:
+        task: what the shards depend on.
         cache: the folder's parent.
-        workers: processes that tokenize; None: one per core this process may run on.
-        say: told what is being done, where it is not there already; with it, progress bars show on a terminal.
+        workers: number of processes that tokenize; None for one per core that this process may run on.
+        say: told when the folder has to be made; if given, progress bars show on a terminal.
 
     Raises:
         UserError: unreadable or malformed data (see `formats`, `encoding`), or a worker that was killed.
     """
-    _ = task.reader  # keys that cannot be meant are refused before any byte of the source is read
+    # invalid keys are refused before any byte of the source is read
+    _ = task.reader
     folder = cache / task.key
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -105,12 +120,12 @@ def build(task: SourceTask, cache: Path, *, workers: int | None = None, say: Say
 
 
 def shards(folder: Path) -> list[store.Shard]:
-    """The shards of a finished folder, in reading order."""
+    """Return the shards of a finished folder, in reading order."""
     return [store.Shard.open(path) for path in sorted(folder.glob("*.arrow"))]
 
 
 def report(folder: Path) -> Report:
-    """What reading and tokenizing left out."""
+    """Return what reading and tokenizing left out."""
     whole = Report()
     for path in sorted(folder.glob("*.report.json")):
         whole.merge(Report.from_json(path.read_text(encoding="utf-8")))
@@ -118,7 +133,7 @@ def report(folder: Path) -> Report:
 
 
 def decontaminated(folder: Path) -> Iterator[str]:
-    """JSON lines: the instructions that were left out for being in a test set."""
+    """Yield the instructions that were left out because they are in a test set, each as one line of JSON."""
     for path in sorted(folder.glob("*.decontaminated.jsonl")):
         yield from path.read_text(encoding="utf-8").splitlines()
 
@@ -134,11 +149,12 @@ def _make(task: SourceTask, folder: Path, workers: int, say: Say | None) -> None
         _tokenize(task, work, workers, visible=say is not None)
     except BrokenProcessPool:
         raise UserError(
-            f"data source {task.source.path}: a tokenizing process was killed, most likely for want of memory; "
-            f"set data.workers below {workers}. What is finished stays in {work}"
+            f"data source {task.source.path}: a tokenizing process was killed, most likely because memory ran out; "
+            f"set data.workers below {workers}. Finished shards are kept in {work}"
         ) from None
     except UserError:
-        shutil.rmtree(work)  # whatever mends it gives another key
+        # repairing the data or the settings changes the key, so this work could not be used again
+        shutil.rmtree(work)
         raise
     for name in ("rows", "rows.npy", "shards.npy", "spooled"):
         (work / name).unlink()
@@ -149,7 +165,11 @@ def _make(task: SourceTask, folder: Path, workers: int, say: Say | None) -> None
 
 
 def _spool(task: SourceTask, work: Path, *, visible: bool) -> None:
-    """Parse every row into `rows`; `rows.npy` (n, 2): where each lies, sorted by tree; `shards.npy`: cuts in it."""
+    """Parse every row and write it to the file `rows`.
+
+    Beside it, `rows.npy` holds (n, 2) int64, the [start, stop) bytes of each row, sorted by tree; `shards.npy` holds
+    where shards begin in `rows.npy`, as computed by `_cuts`.
+    """
     found = Report()
     offsets, trees = array("q", [0]), array("q")
     numbers: dict[bytes, int] = {}
@@ -177,7 +197,15 @@ def _spool(task: SourceTask, work: Path, *, visible: bool) -> None:
 
 
 def _cuts(trees: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where shards begin, and the end: at the first tree that begins after another `SHARD_BYTES`."""
+    """Compute where shards begin, and the end; a shard begins at the first tree after another `SHARD_BYTES` bytes.
+
+    Args:
+        trees: (n,) int64, the tree of each row, sorted.
+        sizes: (n,) int64, the bytes of each row.
+
+    Returns:
+        (shards + 1,) int64, indices of rows.
+    """
     begins = np.flatnonzero(np.diff(trees, prepend=-1))
     before = np.cumsum(sizes) - sizes
     shard = before[begins] // SHARD_BYTES
@@ -195,7 +223,8 @@ def _parse_line(line: bytes) -> tuple[str, Parsed]:
 
 # ---------------------------------------------------------------- tokenizing
 
-_worker_job: tuple[SourceTask, Path] | None = None  # set in each worker when it is forked
+# set in each worker when it is forked
+_worker_job: tuple[SourceTask, Path] | None = None
 
 
 def _tokenize(task: SourceTask, work: Path, workers: int, *, visible: bool) -> None:
@@ -209,13 +238,14 @@ def _tokenize(task: SourceTask, work: Path, workers: int, *, visible: bool) -> N
                 _make_shard(task, work, number)
                 bar.advance()
             return
-        # Forked like torch's data loaders: the tokenizer is inherited, and no worker touches a device.
+        # workers are forked, as torch's data loaders are: they inherit the tokenizer, and none of them uses a device
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(
             min(workers, len(missing)), context, initializer=_start_worker, initargs=(task, work)
         ) as pool:
             try:
-                for _ in pool.map(_work, missing):  # in order, so the first error is that of the first row
+                # results come in order, so the first error is that of the first row
+                for _ in pool.map(_work, missing):
                     bar.advance()
             except UserError:
                 pool.shutdown(cancel_futures=True)
@@ -224,7 +254,8 @@ def _tokenize(task: SourceTask, work: Path, workers: int, *, visible: bool) -> N
 
 def _start_worker(task: SourceTask, work: Path) -> None:
     global _worker_job
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
+    # one thread per worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_job = task, work
 
 
@@ -234,7 +265,7 @@ def _work(number: int) -> None:
 
 
 def _make_shard(task: SourceTask, work: Path, number: int) -> None:
-    """Tokenize the trees of one shard; its Arrow file appears last, and whole."""
+    """Tokenize the trees of one shard; its Arrow file appears last, and only when it is complete."""
     begin, end = np.load(work / "shards.npy")[number : number + 2].tolist()
     lies = np.load(work / "rows.npy", mmap_mode="r")[begin:end]
     found, groups, removed = Report(), [], []
@@ -260,7 +291,7 @@ def _make_shard(task: SourceTask, work: Path, number: int) -> None:
 
 
 def _in_a_test_set(group: Group, decontaminator: Decontaminator | None) -> Match | None:
-    """The first match of any of the group's instructions; SFT data may fold a history into some of them."""
+    """Return the first match of any instruction of the group; SFT data may fold a history into some of them."""
     if decontaminator is None:
         return None
     matches = map(decontaminator.match, instructions(group))

@@ -10,53 +10,54 @@ from pathlib import PurePosixPath
 
 @dataclass
 class Report:
-    """What was skipped or truncated, by reason, and the first place where each reason was met.
+    """Holds what was skipped or truncated, by reason, and the first place where each reason was met.
 
-    The first place is that of the lowest file name and row, not of the first call: reports of parallel readers merge
-    to the same whole in any order.
+    The first place is that of the lowest file name and row, not that of the first call, so reports of parallel readers
+    merge to the same whole in any order.
 
-    counts: rows (or sequences) per entry; an entry reads "skipped: <reason>", "truncated: <reason>" or
-        "noted: <reason>".
-    examples: entry -> first place, such as "train.jsonl:12".
+    Attributes:
+        counts: rows (or sequences) per entry; an entry reads "skipped: <reason>", "truncated: <reason>" or
+            "noted: <reason>".
+        examples: the first place of each entry, such as "train.jsonl:12".
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
     def skip(self, reason: str, where: str) -> None:
-        """Counts one thing that was left out; `reason` is a class of rows, never the text of one row."""
+        """Count one thing that was left out; `reason` names a class of rows and never holds the text of one row."""
         self.add(f"skipped: {reason}", where)
 
     def truncate(self, reason: str, where: str) -> None:
-        """Counts one thing that was shortened."""
+        """Count one thing that was shortened."""
         self.add(f"truncated: {reason}", where)
 
     def note(self, reason: str, where: str) -> None:
-        """Counts one thing that was kept although it is not as it should be."""
+        """Count one thing that was kept although it is not as it should be."""
         self.add(f"noted: {reason}", where)
 
     def add(self, entry: str, where: str, count: int = 1) -> None:
-        """Counts `count` things under a whole entry."""
+        """Count `count` things under an entry, which is given with its "skipped: ", "truncated: " or "noted: "."""
         self.counts[entry] += count
         self.examples[entry] = min(self.examples.get(entry, where), where, key=_place)
 
     def merge(self, other: Report) -> None:
-        """Adds what another report counted."""
+        """Add what another report counted."""
         for entry, count in other.counts.items():
             self.add(entry, other.examples[entry], count)
 
     def lines(self) -> list[str]:
-        """One line per reason, the most frequent first; empty when nothing was left out."""
+        """Return one line per entry, the most frequent first; an empty list when nothing was counted."""
         by_count = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return [f"{entry}: {count} (first: {self.examples[entry]})" for entry, count in by_count]
 
     def to_json(self) -> str:
-        """One line: entry -> [count, first place]."""
+        """Return the report as one line of JSON that gives [count, first place] for each entry."""
         return json.dumps({entry: [count, self.examples[entry]] for entry, count in self.counts.items()})
 
     @classmethod
     def from_json(cls, line: str) -> Report:
-        """The report `to_json` was called on."""
+        """Return the report that `to_json` was called on."""
         report = cls()
         for entry, (count, where) in json.loads(line).items():
             report.add(entry, where, count)
@@ -64,6 +65,6 @@ class Report:
 
 
 def _place(where: str) -> tuple[tuple[str, ...], int, str]:
-    """Orders "file:row" as files are read: by the parts of the path, then by row."""
+    """Return a key that sorts "file:row" as files are read: by the parts of the path, then by row."""
     name, _, row = where.rpartition(":")
     return (PurePosixPath(name).parts, int(row), "") if row.isdecimal() else ((where,), 0, where)

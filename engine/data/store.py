@@ -1,6 +1,6 @@
-"""Tokenized trees on disk: an Arrow file with one row per tree, read through a memory map.
+"""Keeps tokenized trees on disk: an Arrow file with one row per tree, read through a memory map.
 
-Nothing is held in memory but a few numbers per tree; a tree's arrays are views into the mapped file.
+Only a few numbers per tree are held in memory; a tree's arrays are views into the mapped file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _LISTS = ("tokens", "length", "shared", "run_pointer", "runs", "comparisons")
 _BYTES = ("instruction", "digest")
 SCHEMA = pa.schema(
     [
-        *((name, pa.list_(pa.int32())) for name in _LISTS),  # as in TokenGroup; pairs lie flat
+        # as in TokenGroup, arrays of pairs flattened
+        *((name, pa.list_(pa.int32())) for name in _LISTS),
         ("absolute", pa.list_(pa.uint8())),
         *((name, pa.binary(16)) for name in _BYTES),
     ]
@@ -27,7 +28,7 @@ SCHEMA = pa.schema(
 
 
 def to_batch(groups: Sequence[TokenGroup]) -> pa.RecordBatch:
-    """The Arrow form of trees."""
+    """Convert trees to their Arrow form."""
     columns = [_lists([getattr(g, name).reshape(-1) for g in groups], np.int32) for name in _LISTS]
     columns.append(_lists([g.absolute for g in groups], np.uint8))
     columns.append(pa.array([g.instruction or bytes(16) for g in groups], pa.binary(16)))
@@ -42,11 +43,17 @@ def write(path: Path, groups: Sequence[TokenGroup]) -> None:
 
 
 class Shard:
-    """Trees of one Arrow record batch.
+    """Holds the trees of one Arrow record batch.
+
+    Args:
+        batch: of `to_batch`.
 
     Attributes:
-        sequences, comparisons, tokens: (n,) int64, how many each tree has; tokens of the merged tree.
-        instruction, digest: (n, 16) uint8; `digest` covers everything else a tree holds but its instruction.
+        sequences: (n,) int64, how many each tree has.
+        comparisons: (n,) int64, how many each tree has.
+        tokens: (n,) int64, tokens of each merged tree.
+        instruction: (n, 16) uint8, of `instruction_digest`.
+        digest: (n, 16) uint8, of everything that a tree holds except its instruction.
     """
 
     def __init__(self, batch: pa.RecordBatch) -> None:
@@ -64,14 +71,14 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Map a file of `write`."""
+        """Map a file that `write` made into memory."""
         return cls(pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, k: int) -> TokenGroup:
-        """Tree `k`; its arrays are read-only views."""
+        """Return tree `k`; its arrays are read-only views."""
         part = {name: values[offsets[k] : offsets[k + 1]] for name, (offsets, values) in self._lists.items()}
         return TokenGroup(
             tokens=part["tokens"],

@@ -1,3 +1,4 @@
-"""The model on megatron-core, its heads, and Hugging Face checkpoints in and out."""
+"""Builds the model on megatron-core with its heads, and reads and writes Hugging Face checkpoints."""
 
-import silva.engine.parallel  # noqa: F401  prepares megatron-core before any module here imports it
+# prepares megatron-core before any module here imports it
+import silva.engine.parallel  # noqa: F401

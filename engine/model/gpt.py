@@ -1,7 +1,9 @@
-"""The model: megatron-core's GPTModel with attention over packed trees. The one file that touches GPTModel.
+"""Builds the model: megatron-core's GPTModel with attention over packed trees.
 
-S tokens of the row, L scored positions, N sequences, H hidden size, D head size; tp tensor-parallel
-processes. Rows travel as (S, 1, H): sequence first, one row per micro-batch.
+This is the only file that touches GPTModel.
+
+A row has S tokens, L scored positions and N sequences; H is the hidden size, D the head size, and tp the number of
+tensor-parallel processes. Hidden states have the shape (S, 1, H): sequence first, one row per micro-batch.
 """
 
 from __future__ import annotations
@@ -52,15 +54,25 @@ if TYPE_CHECKING:
 Head = Literal["lm", "reward"]
 
 MEGATRON = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
-ROW_MULTIPLE = 16  # tokens: what rows are padded to a multiple of, on every process
+# every process's part of a row is padded to a multiple of so many tokens
+ROW_MULTIPLE = 16
 
 
 @dataclass
 class SilvaConfig(TransformerConfig):
-    """megatron-core's configuration and what our modules need beside it; every module gets it."""
+    """Holds megatron-core's configuration and what our modules need beside it; every module gets it.
+
+    Attributes:
+        head: which head the model has.
+        vocabulary: number of real tokens, without the padding to a multiple of tp.
+        rope_theta: the base of the rotary frequencies.
+        window: tokens that attention looks back at most, itself included; None for all.
+        attention: `model.attention` of the recipe.
+        seed: of a reward head's weight.
+    """
 
     head: Head = "lm"
-    vocabulary: int = 0  # real tokens, without the padding to a multiple of tp
+    vocabulary: int = 0
     rope_theta: float = 10000.0
     window: int | None = None
     attention: str = "tree"
@@ -69,30 +81,44 @@ class SilvaConfig(TransformerConfig):
 
 @dataclass
 class TreeParams(PackedSeqParams):
-    """What a stage must know of a row besides the hidden states, handed through as `packed_seq_params`.
+    """Holds what a stage must know of a row besides the hidden states; passed to it as `packed_seq_params`.
 
-    An argument and not an attribute of the modules: under a pipeline with recomputation, other micro-batches
-    pass between a forward and its recomputation. The format stays "sbhd" so that no branch for
-    megatron-core's own packing runs.
+    It is an argument of the modules and not an attribute, because in a pipeline with recomputation other micro-batches
+    pass between a forward pass and its recomputation. The format stays "sbhd", so that no branch for megatron-core's
+    own packing runs.
+
+    With context parallelism, `position`, `source`, `target` and `last` are those of this process's share of the row;
+    `subtree_end` is always that of the whole row.
+
+    Attributes:
+        qkv_format: megatron-core's name of the layout of queries, keys and values.
+        subtree_end: (S,) int32, as in `TreeBatch`.
+        position: (S,) int32, as in `TreeBatch`.
+        blocks: what each block of queries sees, the same for every layer.
+        documents: of a row that FlashAttention takes, which needs no `blocks`; else None.
+        angles: of the rotary positions, the same for every layer; the first layer fills them in.
+        source: (L,) int32, as in `TreeBatch`; None if the last stage is to give logits.
+        target: (L,) int64, as in `TreeBatch`.
+        last: (N,) int32, as in `TreeBatch`.
+        share: what this process computes of the row with context parallelism; else None.
+        values: with a share, how many numbers the head gives for the whole row.
     """
 
     qkv_format: str = "sbhd"
-    subtree_end: Tensor | None = None  # (S,) int32
-    position: Tensor | None = None  # (S,) int32
-    blocks: Blocks | None = None  # what each block of queries sees, the same for every layer
-    documents: Documents | None = None  # of a row that FlashAttention takes; there are no blocks then
-    angles: tuple[Tensor, Tensor] | None = None  # of the rotary positions, the same for every layer
-    source: Tensor | None = None  # (L,) int32; None: the last stage gives logits
-    target: Tensor | None = None  # (L,) int64
-    last: Tensor | None = None  # (N,) int32
-    # With context parallelism what this process computes of the row: `position` to `last` are then of its own tokens,
-    # and `values` counts what the head gives for the whole row.
+    subtree_end: Tensor | None = None
+    position: Tensor | None = None
+    blocks: Blocks | None = None
+    documents: Documents | None = None
+    angles: tuple[Tensor, Tensor] | None = None
+    source: Tensor | None = None
+    target: Tensor | None = None
+    last: Tensor | None = None
     share: RowShare | None = None
     values: int = 0
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) of Llama."""
+    """Computes the root-mean-square norm (arXiv 1910.07467) of Llama."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
@@ -100,22 +126,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        # each process sees a part of the row only: megatron-core then sums the gradient over them
+        # with sequence parallelism each process sees a part of the row only; the mark has megatron-core sum gradients
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised hidden states."""
         return rms_norm(x, self.weight, self.eps)
 
 
 class TreeAttention(nn.Module):
-    """Rotary positions and attention of every token to its ancestors, between the projections of a layer."""
+    """Computes rotary positions and the attention of every token to its ancestors, between a layer's projections."""
 
     def __init__(self, config: SilvaConfig, layer_number: int, **unused: Any) -> None:
         super().__init__()
         self.window = config.window
         size = config.kv_channels
         exponent = torch.arange(0, size, 2, dtype=torch.float32) / size
-        # not a buffer: converting the module to bfloat16 would convert it too, and positions with it
+        # no buffer, because converting the module to bfloat16 would convert it too and round the positions' angles
         self.inverse_frequency = (1.0 / config.rope_theta**exponent).to(torch.cuda.current_device())
 
     def forward(
@@ -128,9 +155,22 @@ class TreeAttention(nn.Module):
         packed_seq_params: TreeParams,
         **unused_too: Any,
     ) -> Tensor:
-        """query (S, 1, H_q / tp, D), key and value (S, 1, H_kv / tp, D) -> (S, 1, H_q / tp * D).
+        """Compute the attention of this process's heads, and with context parallelism of its tokens.
 
-        With context parallelism S is the number of this process's tokens.
+        H_q is the number of query heads and H_kv that of key-value heads. With context parallelism, S is the number of
+        this process's tokens.
+
+        Args:
+            query: (S, 1, H_q / tp, D), before the rotation.
+            key: (S, 1, H_kv / tp, D), before the rotation.
+            value: (S, 1, H_kv / tp, D).
+            attention_mask: not used; megatron-core passes it.
+            *unused: not used; megatron-core passes them.
+            packed_seq_params: of the row.
+            **unused_too: not used; megatron-core passes them.
+
+        Returns:
+            (S, 1, H_q / tp * D).
         """
         position, subtree_end = packed_seq_params.position, packed_seq_params.subtree_end
         assert position is not None
@@ -140,8 +180,8 @@ class TreeAttention(nn.Module):
         angles, share = packed_seq_params.angles, packed_seq_params.share
         query = rotary(query[:, 0], position, self.inverse_frequency, angles=angles)
         key = rotary(key[:, 0], position, self.inverse_frequency, angles=angles)
-        # a view would keep the whole projection until the backward pass: with four query heads a key head six times
-        # as much; of queries and keys nothing is kept but what the rotation made
+        # A view would keep the whole projection until the backward pass, which is six times as much with four query
+        # heads per key head. Of queries and keys, only the rotated copies are kept.
         value = value[:, 0].contiguous()
         if share is not None:
             key, value = whole_row(key, value, share, groups.context_group())
@@ -153,20 +193,22 @@ class TreeAttention(nn.Module):
 
 
 class SwiGLU(MegatronModule):
-    """Gate and up projections, one behind the other, to the feed-forward's hidden columns."""
+    """Computes the feed-forward's hidden columns from the gate and up projections, which lie one behind the other."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return silu(gate) * up."""
         return swiglu(x)
 
 
 class TreeModel(GPTModel):
-    """GPTModel with our heads."""
+    """Extends GPTModel by our heads."""
 
     config: SilvaConfig
     output_layer: nn.Module
 
     def setup_embeddings_and_output_layer(self) -> None:
-        # the constructor's last step: its output layer gives way before attributes and ties are set on it
+        """Put our head in the place of the output layer, then mark and tie weights as GPTModel does."""
+        # this is the constructor's last step: the output layer is replaced before attributes and ties are set on it
         if self.post_process:
             if self.config.head == "lm":
                 self.output_layer = LogProbHead(self.output_layer, self.config.vocabulary)
@@ -175,7 +217,7 @@ class TreeModel(GPTModel):
         super().setup_embeddings_and_output_layer()
 
     def _postprocess(self, *, hidden_states: Tensor, packed_seq_params: TreeParams, **unused: Any) -> Tensor:
-        """hidden states to the next stage, or what the head makes of them."""
+        """Return the hidden states for the next stage, or what the head makes of them."""
         if not self.post_process:
             return hidden_states
         row, share = packed_seq_params, packed_seq_params.share
@@ -200,19 +242,23 @@ def build(
     seed: int = 0,
     attention: str = "tree",
 ) -> list[nn.Module]:
-    """The slice of the model this process holds: one module per virtual stage, without data parallelism.
+    """Build the slice of the model that this process holds, without data parallelism.
 
-    Weights are *not initialised* (`hf.load` fills them), except norms with ones and a reward head from
-    `seed`.
+    Weights are *not initialised* (`hf.load` fills them), except norms with ones and a reward head from `seed`.
 
     Args:
         shape: of the checkpoint.
         parallel: the layout that `groups.initialize` built.
+        head: which head the model gets.
         dtype: float32, bfloat16 or float64, of parameters and activations.
+        seed: of a reward head's weight.
         attention: `model.attention` of the recipe.
 
+    Returns:
+        One module per virtual stage.
+
     Raises:
-        UserError: the shape does not fit the layout, naming the key.
+        UserError: the shape does not fit the layout; the message names the key.
     """
     check_layout(shape, parallel)
     config = _configuration(shape, parallel, head=head, dtype=dtype, seed=seed, attention=attention)
@@ -223,18 +269,25 @@ def build(
 
 
 def frees_outputs(parallel: Parallel) -> bool:
-    """Whether a stage keeps nothing of what it has sent: before 0.18 interleaved ones free what is still being sent."""
+    """Tell whether stages free what they have sent.
+
+    Interleaved ones do not before megatron-core 0.18, where they would free tensors that are still being sent.
+    """
     return parallel.virtual_pipeline is None or MEGATRON >= (0, 18)
 
 
 def check_layout(shape: ModelShape, parallel: Parallel) -> None:
-    """Raises UserError where the model cannot be split as `parallel` asks."""
+    """Check that the model can be split as `parallel` asks.
+
+    Raises:
+        UserError: it cannot; the message names the key.
+    """
     stage_layers(shape, parallel)
     splits = [
         ("parallel.tensor", parallel.tensor, "attention heads", shape.heads),
         ("parallel.tensor", parallel.tensor, "feed-forward columns", shape.ffn),
     ]
-    # with fewer key-value heads than processes, each head is computed on several of them
+    # with fewer key-value heads than processes, each head is computed on several processes
     if shape.kv_heads >= parallel.tensor:
         splits.append(("parallel.tensor", parallel.tensor, "key-value heads", shape.kv_heads))
     for key, parts, what, count in splits:
@@ -250,10 +303,11 @@ def check_layout(shape: ModelShape, parallel: Parallel) -> None:
 
 
 def stage_layers(shape: ModelShape, parallel: Parallel) -> list[int]:
-    """Layers of each chunk of the model, in the order a token passes them.
+    """Return the number of layers of each chunk of the model, in the order in which a token passes the chunks.
 
     Raises:
-        UserError: they are not those of the model, or it cannot be cut into equal stages and no others are given.
+        UserError: the given numbers do not add up to the model's layers, or none are given and the layers cannot be
+            split into equal stages.
     """
     parallel.check()
     stages, given = parallel.chunks, parallel.stage_layers
@@ -272,9 +326,12 @@ def stage_layers(shape: ModelShape, parallel: Parallel) -> list[int]:
 
 
 def row_multiple(parallel: Parallel) -> int:
-    """What the length of a row has to be a multiple of: every process then holds equally many, suitable tokens."""
+    """Return what a row's number of tokens has to be a multiple of.
+
+    Every process then holds the same number of tokens, and that number is a multiple of `ROW_MULTIPLE`.
+    """
     size = ROW_MULTIPLE * parallel.tensor * parallel.context
-    # whole blocks of queries for each process: finer dealing would cost attention more tiles
+    # each process gets whole blocks of queries: smaller pieces would cost attention more tiles
     return math.lcm(size, LARGEST_BLOCK * parallel.context) if parallel.context > 1 else size
 
 
@@ -283,12 +340,12 @@ def _configuration(
 ) -> SilvaConfig:
     options: dict[str, Any] = {}
     if parallel.virtual_pipeline is not None:
-        # batched point-to-point works mix up the neighbours of a pipeline of two: wrong without an error
+        # with a pipeline of two, batched point-to-point works confuse the neighbours: wrong numbers, without an error
         options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if parallel.recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif parallel.recompute == "selective":
-        # what holds much and is cheap to compute again
+        # these modules hold much memory and are cheap to compute again
         options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
     if parallel.stage_layers is not None:
         chunks = [["decoder"] * count for count in stage_layers(shape, parallel)]
@@ -325,16 +382,18 @@ def _configuration(
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
-        use_te_activation_func=True,  # megatron-core then builds the activation of the spec, ours
+        # has megatron-core build the activation that the spec names, which is ours
+        use_te_activation_func=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # demanded with variable lengths, of dense models too
+        # megatron-core demands this value with variable lengths, of dense models too
+        moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=frees_outputs(parallel),
-        # losses come divided by the global count: gradients are plain sums over micro-batches and processes
+        # losses are already divided by the global count, so gradients are plain sums over micro-batches and processes
         calculate_per_token_loss=True,
         **options,
     )
@@ -374,15 +433,16 @@ def _build_stage(config: SilvaConfig, shape: ModelShape, virtual_stage: int | No
         TransformerBlockSubmodules(layer_specs=[_layer_spec()] * layers, layer_norm=RMSNorm),
         vocab_size=padded_vocabulary(shape.vocab, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_position,
-        position_embedding_type="none",  # positions are depths in a tree: TreeAttention applies them
+        # positions are depths in a tree, and TreeAttention applies them
+        position_embedding_type="none",
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
-        # a reward head is no output matrix: with one, nothing is left to tie
+        # a reward head is no output matrix, so a model with one has nothing to tie to the embedding
         share_embeddings_and_output_weights=shape.tied and config.head == "lm",
         vp_stage=virtual_stage,
     )
-    # Without megatron-core's own initialisation nobody marks split weights as split, and norms and clipping
-    # would count those of the first process only.
+    # Only megatron-core's own initialisation, which is switched off, marks split weights as split. Without the mark,
+    # gradient norms and clipping would count the first process's part only.
     for name, module in model.named_modules():
         split = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
         if split and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
@@ -390,7 +450,8 @@ def _build_stage(config: SilvaConfig, shape: ModelShape, virtual_stage: int | No
                 module.weight,
                 is_parallel=True,
                 dim=1 if isinstance(module, RowParallelLinear) else 0,
-                stride=2 if name.endswith("linear_fc1") else 1,  # gate and up, each split over the processes
+                # linear_fc1 holds gate and up, and each of the two is split over the processes
+                stride=2 if name.endswith("linear_fc1") else 1,
             )
     return model
 
@@ -398,17 +459,17 @@ def _build_stage(config: SilvaConfig, shape: ModelShape, virtual_stage: int | No
 def forward(
     chunk: nn.Module, batch: TreeBatch, share: RowShare | None = None, documents: Documents | None = None
 ) -> Tensor:
-    """One stage's forward pass over one row; with a pipeline, called by megatron-core's schedule.
+    """Run one stage's forward pass over one row; megatron-core's schedule calls it.
 
     Args:
         chunk: one of `build`'s modules, wrapped for data parallelism or not.
         batch: on this process's device; the same row on every tensor- and context-parallel process and stage.
-        share: of the row, on the same device: with context parallelism what this process computes of it.
+        share: what this process computes of the row with context parallelism, on the same device.
         documents: of the row, on the same device, if FlashAttention is to compute it.
 
     Returns:
-        On the last stage log-probs (L,) (head "lm") or rewards (N,) (head "reward"), float32 at least, also with a
-        share those of the whole row; on the others hidden states for the next stage.
+        On the last stage, log-probs (L,) (head "lm") or rewards (N,) (head "reward") of at least float32, those of the
+        whole row also with a share. On the other stages, hidden states for the next stage.
 
     Raises:
         ValueError: sequence parallelism cannot split the row.
@@ -431,15 +492,17 @@ def forward(
 
 
 def logits(chunk: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits of a plain sequence, to compare with other implementations: `forward` without a head's targets.
+    """Compute the logits of a plain sequence, to compare them with other implementations.
 
-    With context parallelism every process computes the whole sequence.
+    With context parallelism, every process computes the whole sequence. V is the number of real tokens of the
+    vocabulary.
 
     Args:
+        chunk: one of `build`'s modules, wrapped for data parallelism or not.
         tokens: (S,) int64.
 
     Returns:
-        On the last stage (S, V), equal on every tensor-parallel process; on the others hidden states.
+        On the last stage, (S, V) logits, equal on every tensor-parallel process; on the other stages, hidden states.
     """
     size = tokens.shape[0]
     position = torch.arange(size, dtype=torch.int32, device=tokens.device)
@@ -452,22 +515,22 @@ def logits(chunk: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def head_of(chunk: nn.Module) -> Head:
-    """Which head the model of this chunk has, on any stage; wrapped or not."""
+    """Return which head the model of this chunk has; the chunk may be of any stage, wrapped or not."""
     return unwrapped(chunk).config.head
 
 
 def window_of(chunk: nn.Module) -> int | None:
-    """Tokens that attention looks back at most; None: all."""
+    """Return how many tokens attention looks back at most, None for all."""
     return unwrapped(chunk).config.window
 
 
 def attention_of(chunk: nn.Module) -> str:
-    """`model.attention` of the recipe."""
+    """Return `model.attention` of the recipe."""
     return unwrapped(chunk).config.attention
 
 
 def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams, position: Tensor) -> Tensor:
-    """`position`: of the whole row, as `row.subtree_end` is."""
+    """Run a chunk; `position` is that of the whole row, as `row.subtree_end` is."""
     config = unwrapped(chunk).config
     if config.sequence_parallel and tokens.shape[0] % config.tensor_model_parallel_size:
         raise ValueError(
@@ -489,13 +552,13 @@ def _run(chunk: nn.Module, tokens: Tensor, row: TreeParams, position: Tensor) ->
 
 
 def _local_group(config: SilvaConfig) -> int:
-    """Query heads per key head on one process: with fewer key heads than processes, each process has one."""
+    """Return the query heads per key head on one process, which has one key head if they are fewer than processes."""
     tp = config.tensor_model_parallel_size
     return config.num_attention_heads // tp // max(config.num_query_groups // tp, 1)
 
 
 def unwrapped(chunk: nn.Module) -> Any:
-    """Return the model under megatron-core's wrappers."""
+    """Return the model inside megatron-core's wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk

@@ -1,7 +1,7 @@
-"""The two heads: log-probs of scored positions from a vocabulary-parallel head, and a scalar reward.
+"""Defines the two heads: log-probs of scored positions from a vocabulary-parallel head, and a scalar reward.
 
-S tokens of the row, L scored positions, N sequences, V vocabulary, H hidden size; tp tensor-parallel
-processes, each holding V / tp rows of the output matrix.
+A row has S tokens, L scored positions and N sequences; V is the vocabulary, H the hidden size. Each of the tp
+tensor-parallel processes holds V / tp rows of the output matrix.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ from torch.distributed import ProcessGroup
 
 from silva.kernels.linear_logprob import linear_logprob
 
-# std of a fresh reward head: the `initializer_range` that transformers, and so TRL, draws it with
+# standard deviation of a fresh reward head: the `initializer_range` of transformers, which TRL uses too
 REWARD_STD = 0.02
 
 
 class LogProbHead(ColumnParallelLinear):
-    """The output matrix; gives log-probs of chosen targets instead of logits.
+    """Holds the output matrix, and computes log-probs of chosen targets instead of logits.
 
-    Same parameter, checkpoint key and tensor-parallel attributes as the layer it takes the place of. It has
-    to be *called*: with overlapped parameter gathering megatron-core waits for the weight in a forward hook.
+    It has the parameter, checkpoint key and tensor-parallel attributes of the layer that it replaces. It has to be
+    *called*: with overlapped parameter gathering, megatron-core waits for the weight in a forward hook.
+
+    Args:
+        replaced: the layer whose weight this one takes over; that weight is None where the embedding's is used.
+        vocabulary: number of real tokens; the rows after them are padding and take no part in the softmax.
     """
 
     def __init__(self, replaced: ColumnParallelLinear, vocabulary: int) -> None:
-        """
-        Args:
-            replaced: the layer whose weight this one takes over; None where the embedding's is used.
-            vocabulary: number of real tokens; rows beyond are padding and take no part in the softmax.
-        """
         super().__init__(
             replaced.input_size,
             replaced.output_size,
@@ -60,14 +59,16 @@ class LogProbHead(ColumnParallelLinear):
         source: Tensor | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Compute log-probs of the targets, or logits without targets.
+
         Args:
             input_: (S, 1, H), or (S / tp, 1, H) with sequence parallelism.
-            weight: (V / tp, H), the embedding's where they are tied.
-            source, target: (L,) int, the token whose hidden state predicts, and what; None: logits.
+            weight: (V / tp, H), the embedding's where the two are tied; else None.
+            source: (L,) int, index of the token whose hidden state predicts; None for logits.
+            target: (L,) int, the token that is predicted; None for logits.
 
         Returns:
-            (L,) log-probs, float32 at least; without a target (S, 1, V / tp) logits.
+            (L,) log-probs of at least float32; without a target (S, 1, V / tp) logits.
         """
         if source is None or target is None:
             return super().forward(input_, weight)[0]
@@ -89,16 +90,21 @@ class LogProbHead(ColumnParallelLinear):
 
 
 class RewardHead(torch.nn.Module):
-    """Reward R = w . h at a sequence's last token, without bias; the same on every tensor-parallel process.
+    """Computes the reward R = w . h at a sequence's last token, without bias, alike on every tensor-parallel process.
 
-    A fresh weight is drawn as transformers draws the `score` layer of a sequence classifier. Zeros would be
-    calmer, but then the first step teaches the model under the head nothing.
+    A fresh weight is drawn as transformers draws the `score` layer of a sequence classifier. With zeros, the model
+    under the head would get no gradient in the first step.
+
+    Args:
+        config: of the model.
+        group: the tensor-parallel processes.
+        seed: of a fresh weight.
     """
 
     def __init__(self, config: TransformerConfig, group: ProcessGroup, seed: int) -> None:
         super().__init__()
         self.config, self.group = config, group
-        # drawn on the CPU in float32 from its own generator: equal on every process, layout and dtype
+        # drawn on the CPU in float32 from a generator of its own: equal on every process, with every layout and dtype
         weight = torch.empty(1, config.hidden_size, dtype=torch.float32).normal_(
             std=REWARD_STD, generator=torch.Generator().manual_seed(seed)
         )
@@ -107,9 +113,17 @@ class RewardHead(torch.nn.Module):
         )
 
     def forward(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """hidden (S, 1, H), sequence-parallel (S / tp, 1, H), last (N,) int -> (N,), float32 at least."""
+        """Compute the rewards of a row's sequences.
+
+        Args:
+            hidden: (S, 1, H), or (S / tp, 1, H) with sequence parallelism.
+            last: (N,) int, index of each sequence's last token.
+
+        Returns:
+            (N,) rewards of at least float32.
+        """
         if self.config.sequence_parallel:
-            # every process does the same work on the gathered row, so its gradient is split, not summed
+            # every process computes the same on the gathered row, so the gradient is split, not summed
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.group
             )
@@ -119,7 +133,7 @@ class RewardHead(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What megatron-core's distributed checkpoints store: the whole weight, once."""
+        """Return what megatron-core's distributed checkpoints store: the whole weight, once."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

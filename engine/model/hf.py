@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints in: the shape from config.json, weights streamed from safetensors.
+"""Reads Hugging Face checkpoints: the shape from config.json, the weights streamed from safetensors.
 
-Every process reads only the rows and columns it holds, one tensor at a time.
+Every process reads only the rows and columns that it holds, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from silva.engine.errors import UserError
-from silva.engine.model.hf_export import export
 from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, slices, tensors
-
-__all__ = ["ModelShape", "export", "fetch", "load", "read_shape"]
 
 # what this project reads of a repository: no pickles, no code
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
@@ -37,7 +34,8 @@ ARCHITECTURES = (
     "MistralForSequenceClassification",
     "EurusRewardModel",
 )
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a weight, by safetensors' names of its type
+# bytes of a weight, by safetensors' name of its type
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # transformers leaves out of config.json what equals its own default
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
@@ -46,10 +44,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint: the path itself, or the download of a model hub's `owner/name`.
+    """Return the folder of a checkpoint, after downloading it if the path is a hub name.
+
+    Args:
+        path: a folder, or `owner/name` on the model hub.
+
+    Returns:
+        The path itself, or the folder of the download.
 
     Raises:
-        UserError: neither a folder nor a name that can be downloaded.
+        UserError: the path is neither a folder nor a name that can be downloaded.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -69,7 +73,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        # ignoring */*: some repositories keep a second copy of the weights in a folder
+        # */* is ignored, because some repositories keep a second copy of the weights in a folder
         return Path(
             huggingface_hub.snapshot_download(name, allow_patterns=[*WANTED], ignore_patterns=["*/*"])
         )
@@ -83,10 +87,16 @@ def _download(name: str) -> Path:
 
 
 def read_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """The shape in a checkpoint's config.json.
+    """Read the shape in a checkpoint's config.json.
+
+    Args:
+        path: as `fetch` takes it.
+
+    Returns:
+        The shape.
 
     Raises:
-        UserError: not a Llama or Mistral as `gpt.build` makes them, naming the key.
+        UserError: the model is no Llama or Mistral that `gpt.build` can build; the message names the key.
     """
     file = fetch(path) / "config.json"
     config = _read_json(file)
@@ -130,7 +140,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {file.parent} is not a Hugging Face checkpoint's folder") from None
-    except ValueError as error:  # bad JSON or bad UTF-8
+    # bad JSON or bad UTF-8
+    except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
@@ -154,7 +165,7 @@ def _positive(file: Path, config: dict[str, Any], key: str, default: float) -> f
 
 
 def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
-    """Raises UserError for what would change the model's outputs and is not built."""
+    """Raise UserError for a setting that would change the model's outputs and that `gpt.build` does not build."""
     supported: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu",),
         "attention_bias": (False,),
@@ -169,7 +180,10 @@ def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
 
 
 def _rope_theta(file: Path, config: dict[str, Any]) -> float:
-    """transformers 5 writes `rope_parameters`, before it was `rope_theta` and `rope_scaling`."""
+    """Return the base of the rotary frequencies.
+
+    It is in `rope_parameters` since transformers 5, and before that in `rope_theta` beside `rope_scaling`.
+    """
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
         if not isinstance(rope, dict):
@@ -184,7 +198,7 @@ def _rope_theta(file: Path, config: dict[str, Any]) -> float:
 
 
 class _Checkpoint:
-    """The safetensors files of a folder, opened when first read from."""
+    """Reads the safetensors files of a folder, each opened when it is first needed."""
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
         self.folder, self._opened = folder, opened
@@ -216,19 +230,19 @@ class _Checkpoint:
         return self._files[name]
 
     def tensor(self, name: str) -> Any:
-        """A slice object over one tensor; nothing is read yet."""
+        """Return a slice object over one tensor; nothing is read yet."""
         try:
             return self._file(self.names[name]).get_slice(name)
         except SafetensorError as error:
             raise UserError(f"{self.folder / self.names[name]}: {name}: {error}") from None
 
     def bytes(self, name: str) -> int:
-        """Of one tensor."""
+        """Return the bytes of one tensor."""
         found = self.tensor(name)
         return math.prod(found.get_shape()) * BYTES[found.get_dtype()]
 
     def check(self, expected: dict[str, tuple[int, ...]], *, unused: set[str]) -> None:
-        """Raises UserError unless exactly `expected` is here; `unused` may be here too and is left alone."""
+        """Raise UserError unless exactly the tensors `expected` are here; those in `unused` may be here too."""
         for name, shape in expected.items():
             if name not in self.names:
                 raise UserError(f"{self.folder}: tensor {name} is missing; it should have shape {[*shape]}")
@@ -241,7 +255,7 @@ class _Checkpoint:
             found = [*self.tensor(name).get_shape()]
             if found != [*shape]:
                 raise UserError(
-                    f"{self.folder}: tensor {name} has shape {found}, but config.json makes it {[*shape]}"
+                    f"{self.folder}: tensor {name} has shape {found}, but by config.json it should have {[*shape]}"
                 )
         # old checkpoints store the rotary frequencies, which follow from config.json
         extra = {n for n in self.names if not n.endswith("rotary_emb.inv_freq")} - set(expected) - unused
@@ -254,15 +268,19 @@ class _Checkpoint:
 
 @torch.no_grad()
 def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: ModelShape) -> tuple[int, int]:
-    """Fill the weights of `gpt.build`'s modules from a checkpoint, converting to their type.
+    """Fill the weights of `gpt.build`'s modules from a checkpoint, converting them to the modules' type.
 
-    Every process reads its own rows and columns only.
+    Every process reads its own rows and columns only. A reward head is read if the checkpoint has one (`score.weight`
+    or `regression_head.weight`); otherwise it keeps the weight that it was built with. Padded vocabulary rows become
+    zero.
 
-    A reward head is read where the checkpoint has one (`score.weight`, `regression_head.weight`) and keeps
-    the weight it was built with otherwise. Padded vocabulary rows become zero.
+    Args:
+        chunks: `gpt.build`'s modules, not wrapped.
+        path: as `fetch` takes it.
+        shape: of the checkpoint.
 
     Returns:
-        The bytes of the tensors this process read, and those of all tensors of the model.
+        The bytes that this process read, and those of all tensors of the model.
 
     Raises:
         UserError: a tensor is missing, of another shape, or has no place in the model.
@@ -293,7 +311,7 @@ def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: Model
 def _fill(
     parameter: nn.Parameter, name: str, chunk: nn.Module, checkpoint: _Checkpoint, shape: ModelShape
 ) -> int:
-    """The bytes that were read."""
+    """Fill one parameter, and return the bytes that were read."""
     parameter.zero_()
     read = 0
     layer = global_layer(chunk, name)

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints out: gathered and written tensor by tensor, published in one step.
+"""Writes Hugging Face checkpoints: gathered and written tensor by tensor, published in one step.
 
-Every pipeline stage writes its own files. A process holds at most one parameter and one file's worth of
-tensors beside its share of the model.
+Every pipeline stage writes its own files. Beside its share of the model, a process holds at most one parameter and one
+file's worth of tensors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from silva.engine.errors import UserError
 from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, slices
 
 RewardFormat = Literal["sequence_classification", "eurus", "both"]
-MARKER = "silva_export.json"  # says that a folder was written here and may be replaced
-# what belongs to a checkpoint beside its weights and config.json
+# the file that marks a folder as written by an export, which may be replaced
+MARKER = "silva_export.json"
+# files that belong to a checkpoint beside its weights and config.json
 COMPANIONS = (*tokenizer_files.NAMES, "generation_config.json")
 
 
@@ -43,18 +44,22 @@ def export(
     max_shard_size: str = "5GB",
     finish: Callable[[Path], None] | None = None,
 ) -> list[Path]:
-    """Write the model as a Hugging Face checkpoint; every process calls it.
+    """Write the model as a Hugging Face checkpoint.
 
-    The folder is written as `<folder>.partial` and renamed when it is complete. A reward model is written as
-    a sequence classifier of transformers with `num_labels` 1 (`score.weight`), or in EurusRewardModel's
-    naming (`regression_head.weight`; that class is not part of transformers); "both" writes the first to
-    `<folder>` and the second to `<folder>-eurus`.
+    The call is collective. The folder is written as `<folder>.partial` and renamed when it is complete.
 
     Args:
         chunks: `gpt.build`'s modules, not wrapped.
-        source: folder of the checkpoint the model came from: config.json is taken from it with what changed,
-            tokenizer, chat template and generation config as they are.
+        shape: of the model.
+        source: folder of the checkpoint that the model came from. Its config.json is written with what has changed;
+            tokenizer, chat template and generation config are copied as they are.
+        folder: to write.
         dtype: of the written tensors.
+        head: which head the model has.
+        reward_format: how a reward model is written. "sequence_classification" is a sequence classifier of
+            transformers with `num_labels` 1 (`score.weight`). "eurus" is EurusRewardModel's naming
+            (`regression_head.weight`); that class is not part of transformers. "both" writes the first to `<folder>`
+            and the second to `<folder>-eurus`.
         max_shard_size: largest file, such as "5GB" (powers of ten); a larger tensor gets a file of its own.
         finish: called by the first process with each unpublished folder, to add or replace files.
 
@@ -62,12 +67,13 @@ def export(
         The folders written.
 
     Raises:
-        UserError: a folder is there already that no export wrote, or an unreadable `max_shard_size`.
+        UserError: a folder exists that no export wrote, or `max_shard_size` is unreadable.
     """
     limit = _bytes(max_shard_size)
     jobs = _jobs(Path(folder), head, reward_format)
     check_target(folder, head=head, reward_format=reward_format)
-    groups.wait_for_all()  # every process has looked before the first one writes
+    # no process writes before all have looked at the folders
+    groups.wait_for_all()
     for target, score in jobs:
         partial = target.with_name(target.name + ".partial")
         if groups.rank() == 0:
@@ -87,8 +93,13 @@ def export(
 
 
 def set_padding(folder: Path, padding: int) -> None:
-    """Name a padding token in a reward model's config that has none: transformers takes no batch without one, and
-    reads the reward at the last token that is not padding.
+    """Name a padding token in a reward model's config that has none.
+
+    transformers takes no batch without one, and reads the reward at the last token that is not padding.
+
+    Args:
+        folder: of the written checkpoint.
+        padding: id of the token.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("pad_token_id") is None:
@@ -98,13 +109,17 @@ def set_padding(folder: Path, padding: int) -> None:
 def check_target(
     folder: str | os.PathLike[str], *, head: Literal["lm", "reward"], reward_format: RewardFormat
 ) -> None:
-    """Raises UserError where `export` would refuse to write; to be asked before training, too."""
+    """Check that `export` may write to a folder; a run asks this before training, too.
+
+    Raises:
+        UserError: a folder exists that no export wrote.
+    """
     for target, _ in _jobs(Path(folder), head, reward_format):
         _check_replaceable(target)
 
 
 def _jobs(folder: Path, head: str, reward_format: RewardFormat) -> list[tuple[Path, str | None]]:
-    """Folders to write and the name of the reward head's tensor in each."""
+    """List the folders to write, each with the name of the reward head's tensor in it."""
     if head == "lm":
         return [(folder, None)]
     if reward_format == "both":
@@ -120,7 +135,7 @@ def _bytes(size: str) -> int:
 
 
 def _check_replaceable(target: Path) -> None:
-    """An empty folder or an earlier export may be replaced, nothing else: its files are somebody's."""
+    """Raise UserError unless the target is missing, an empty folder or an earlier export, which may be replaced."""
     if target.exists() and not (
         target.is_dir() and ((target / MARKER).is_file() or not any(target.iterdir()))
     ):
@@ -137,7 +152,8 @@ class _Files:
         self._folder, self._stage, self._limit = folder, stage, limit
         self._held: dict[str, Tensor] = {}
         self._held_bytes = 0
-        self.weights: list[tuple[str, list[str]]] = []  # (file, its tensors)
+        # (file, the tensors in it)
+        self.weights: list[tuple[str, list[str]]] = []
         self.bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -165,7 +181,7 @@ def _write_stage(
     score: str | None,
     limit: int,
 ) -> None:
-    """This stage's tensors into files of their own, and a table of them; one data-parallel copy writes."""
+    """Write this stage's tensors to files of their own, and a table of them; one data-parallel copy writes."""
     if groups.copy_rank() != 0:
         return
     files = _Files(folder, groups.pipeline_rank(), limit)
@@ -182,13 +198,14 @@ def _write_stage(
 def _whole_tensors(
     chunk: nn.Module, name: str, parameter: nn.Parameter, shape: ModelShape, *, score: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors a parameter holds, on the first tensor-parallel process; elsewhere nothing."""
+    """Yield the checkpoint's tensors in a parameter, on the first tensor-parallel process; elsewhere nothing."""
     if name == "output_layer.weight":
         if score is not None:
             if groups.tensor_rank() == 0:
                 yield score, parameter.clone()
             return
-        if shape.tied:  # the embedding's copy at the end of a pipeline
+        # it is then the embedding's copy at the end of a pipeline
+        if shape.tied:
             return
     shares = [parameter.detach()]
     if getattr(parameter, "tensor_model_parallel", False) and groups.tensor_size() > 1:
@@ -207,7 +224,7 @@ def _whole_tensors(
 
 
 def _gather(parameter: nn.Parameter) -> list[Tensor]:
-    """All shares, on the first tensor-parallel process; an empty list elsewhere."""
+    """Gather all shares on the first tensor-parallel process; return an empty list elsewhere."""
     mine = parameter.detach().contiguous()
     first = groups.tensor_rank() == 0
     shares = [torch.empty_like(mine) for _ in range(groups.tensor_size())] if first else []
@@ -241,7 +258,7 @@ def _write_companions(
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    # Heads and code of the source do not describe what is written now.
+    # these keys describe the head, the code and the type of the source, not what is written now
     for key in ("auto_map", "id2label", "label2id", "num_labels", "problem_type", "torch_dtype"):
         config.pop(key, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -250,7 +267,8 @@ def _write_companions(
         config["architectures"] = [f"{name}ForCausalLM"]
     elif score == SCORE:
         config["architectures"] = [f"{name}ForSequenceClassification"]
-        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # how num_labels 1 is written
+        # this is how transformers writes num_labels 1
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     else:
         config["architectures"] = ["EurusRewardModel"]
     _write_json(folder / "config.json", config)
@@ -258,7 +276,7 @@ def _write_companions(
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """`partial` becomes `target`; an earlier export gives way only now."""
+    """Rename `partial` to `target`; an earlier export is removed only now."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

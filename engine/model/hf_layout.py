@@ -1,4 +1,4 @@
-"""Where every slice of a megatron-core parameter lies in a Hugging Face Llama or Mistral checkpoint.
+"""Says where every slice of a megatron-core parameter lies in a Hugging Face Llama or Mistral checkpoint.
 
 Import and export both walk the slices given here, so each is the other's inverse by construction.
 """
@@ -12,14 +12,32 @@ from typing import Any, NamedTuple
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
-SCORE = "score.weight"  # transformers' *ForSequenceClassification
-REGRESSION = "regression_head.weight"  # EurusRewardModel
+# the reward head of transformers' *ForSequenceClassification
+SCORE = "score.weight"
+# the reward head of EurusRewardModel
+REGRESSION = "regression_head.weight"
 LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a Llama or Mistral is, apart from its weights."""
+    """Describes a Llama or Mistral apart from its weights.
+
+    Attributes:
+        layers: number of layers.
+        hidden: hidden size.
+        heads: query heads.
+        kv_heads: key-value heads.
+        head_dim: size of a head.
+        ffn: hidden columns of the feed-forward part.
+        vocab: tokens of the vocabulary.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of the norms.
+        tied: whether the output matrix is the embedding.
+        window: how many positions back a token sees, itself included; None for all.
+        architecture: "llama" or "mistral".
+        max_position: the longest sequence by the checkpoint's config.json.
+    """
 
     layers: int
     hidden: int
@@ -30,14 +48,14 @@ class ModelShape:
     vocab: int
     rope_theta: float
     norm_eps: float
-    tied: bool  # the output matrix is the embedding
-    window: int | None  # a token sees this many positions back, itself included; None: all
-    architecture: str  # "llama" or "mistral"
+    tied: bool
+    window: int | None
+    architecture: str
     max_position: int
 
 
 class Slice(NamedTuple):
-    """`parameter.narrow(dim, at, stop - start)` is `tensor[start:stop]` along `dim`."""
+    """Says that `parameter.narrow(dim, at, stop - start)` is `tensor[start:stop]` along `dim`."""
 
     tensor: str
     dim: int
@@ -47,18 +65,18 @@ class Slice(NamedTuple):
 
 
 def padded_vocabulary(vocabulary: int, tensor_size: int) -> int:
-    """Rows of the embedding: the next multiple of the tensor-parallel size."""
+    """Return the rows of the embedding: the next multiple of the tensor-parallel size."""
     return -(-vocabulary // tensor_size) * tensor_size
 
 
 def global_layer(chunk: Any, parameter: str) -> int | None:
-    """The number of a parameter's layer in the whole model, None outside the layers."""
+    """Return the number of a parameter's layer in the whole model, None outside the layers."""
     match = re.match(r"decoder\.layers\.(\d+)\.", parameter)
     return None if match is None else chunk.decoder.layers[int(match[1])].layer_number - 1
 
 
 def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of everything in a checkpoint except its heads."""
+    """Return names and shapes of all tensors of a checkpoint except its heads'."""
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     found: dict[str, tuple[int, ...]] = {
         EMBEDDING: (shape.vocab, shape.hidden),
@@ -83,14 +101,20 @@ def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 def slices(
     parameter: str, layer: int | None, shape: ModelShape, *, tensor_rank: int, tensor_size: int
 ) -> Iterator[Slice]:
-    """The slices one tensor-parallel process's share of a parameter is made of; a reward head's is not here.
+    """Yield the slices that make up one tensor-parallel process's share of a parameter, except a reward head's.
 
     Args:
         parameter: megatron-core's name within a stage.
         layer: number of the layer in the whole model, None outside the layers.
+        shape: of the model.
+        tensor_rank: of the process.
+        tensor_size: number of tensor-parallel processes.
+
+    Yields:
+        The slices of the checkpoint's tensors.
 
     Raises:
-        KeyError: an unknown parameter.
+        KeyError: the parameter is unknown.
     """
 
     def share(tensor: str, dim: int, size: int, at: int = 0) -> Slice:
@@ -111,7 +135,8 @@ def slices(
     elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         part = padded_vocabulary(shape.vocab, tensor_size) // tensor_size
         start, stop = (min((tensor_rank + n) * part, shape.vocab) for n in (0, 1))
-        if stop > start:  # the rest is padding
+        # the process may hold nothing but padding
+        if stop > start:
             tensor = OUTPUT if name == "output_layer.weight" and not shape.tied else EMBEDDING
             yield Slice(tensor, 0, start, stop, 0)
     else:
@@ -124,9 +149,10 @@ def slices(
 
 
 def _query_key_value(prefix: str, shape: ModelShape, tensor_rank: int, tensor_size: int) -> Iterator[Slice]:
-    """Per key-value head: the query heads that read it, its key, its value; split by rows over processes.
+    """Yield for each key-value head the slices of the query heads that read it, of its key and of its value.
 
-    With fewer key-value heads than processes a share begins or ends within such a group.
+    The rows are split over the processes. With fewer key-value heads than processes, a share begins or ends within
+    such a group.
     """
     size, queries = shape.head_dim, shape.heads // shape.kv_heads * shape.head_dim
     rows = (shape.heads + 2 * shape.kv_heads) * size

@@ -1,7 +1,7 @@
-"""Process groups, and what megatron-core needs to run without a GPU.
+"""Builds process groups, and prepares megatron-core to run without a GPU.
 
-Importing this package prepares megatron-core for the CPU where there is no GPU; it has to happen before the
-first `import megatron`.
+Importing this package makes megatron-core run on the CPU if there is no GPU; that has to happen before the first
+`import megatron`.
 """
 
 from silva.engine.parallel.emulation import install

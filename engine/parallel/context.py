@@ -1,10 +1,10 @@
-"""Context parallelism: a row's tokens dealt to several processes, which gather keys and values for attention.
+"""Implements context parallelism: several processes share a row's tokens, and gather keys and values for attention.
 
 Each process computes its own tokens, attends from them to the keys and values of the whole row, and adds its own
-positions to what the head gives. Losses are then computed by all of them alike; parameter gradients are partial and
-summed together with those of data parallelism.
+positions to what the head gives. All of the processes then compute the same losses; their parameter gradients are
+partial, and are summed together with those of data parallelism.
 
-S tokens of the row, s of them here; H_kv key heads, D head size.
+A row has S tokens, of which this process has s. H_kv is the number of key heads, D the head size.
 """
 
 from __future__ import annotations
@@ -18,30 +18,51 @@ from torch.distributed import ProcessGroup
 
 from silva.engine.data.trees.row_share import RowShare
 
-# torch 2.13 renamed both and warns of the old names; older ones know only those
+# torch 2.13 renamed both functions and warns about the old names; older releases know only the old names
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def whole_row(key: Tensor, value: Tensor, share: RowShare, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Keys and values (s, H_kv, D) of this process -> (S, H_kv, D) of the row, in its order.
+    """Gather the keys and values of the whole row, in the row's order.
 
-    One collective for both, forward (all-gather) and backward (reduce-scatter).
+    Keys and values are sent in one collective, forward (all-gather) and backward (reduce-scatter).
+
+    Args:
+        key: (s, H_kv, D), of this process's tokens.
+        value: (s, H_kv, D), of this process's tokens.
+        share: which tokens these are.
+        group: the context-parallel processes.
+
+    Returns:
+        Keys and values, each (S, H_kv, D).
     """
     both: tuple[Tensor, Tensor] = _WholeRow.apply(key, value, share.dealt, share.place, group)
     return both
 
 
 def every_position(own: Tensor, where: Tensor, size: int, group: ProcessGroup) -> Tensor:
-    """Values (l,) of this process's positions `where` (l,) among `size` -> (size,), the same on every process.
+    """Gather the values of all processes' positions.
 
-    Every process computes the same loss from the result, so each gives its own positions the whole gradient.
+    The call is collective. Every process computes the same loss from the result, so each gives its own positions the
+    whole gradient.
+
+    Args:
+        own: (l,) values of this process's positions.
+        where: (l,) int64, these positions among `size`.
+        size: number of positions of all processes.
+        group: the context-parallel processes.
+
+    Returns:
+        (size,) values, the same on every process.
     """
     out: Tensor = _EveryPosition.apply(own, where, size, group)
     return out
 
 
 class _WholeRow(torch.autograd.Function):
+    """Computes `whole_row` and its gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, key: Tensor, value: Tensor, dealt: Tensor, place: Tensor, group: ProcessGroup
@@ -66,6 +87,8 @@ class _WholeRow(torch.autograd.Function):
 
 
 class _EveryPosition(torch.autograd.Function):
+    """Computes `every_position` and its gradient."""
+
     @staticmethod
     def forward(ctx: Any, own: Tensor, where: Tensor, size: int, group: ProcessGroup) -> Tensor:
         ctx.save_for_backward(where)

@@ -1,25 +1,25 @@
-"""megatron-core on the CPU: the CUDA names it calls, given a meaning on a machine without a GPU.
+"""Runs megatron-core on the CPU: gives the CUDA names that it calls a meaning on a machine without a GPU.
 
-megatron-core is written for GPUs; on gloo it needs very little to run unchanged. What is replaced, and why:
+megatron-core is written for GPUs, but needs very little to run unchanged with gloo. What is replaced, and why:
 
 =====================================  ==================================================================
 name                                   why
 =====================================  ==================================================================
 torch.cuda.current_device              parameters, buffers and received tensors are allocated on it
 torch.cuda.synchronize                 called after batched point-to-point works and before checkpoints
-torch.cuda.current_stream              asked for by 0.19 before gradients are summed, to wait for recorded graphs
+torch.cuda.current_stream              called from 0.19 on before gradients are summed, to wait for recorded graphs
 torch.cuda.get_rng_state, manual_seed; the tensor-parallel random tracker and recomputation keep and
 _get_cuda_rng_state and                restore generator states; here they are the CPU generator's
 _set_cuda_rng_state of megatron's
 tensor_parallel.random
-Tensor.cuda                            a tied embedding's second copy is moved to the GPU, and already is
-                                       where it has to be
-Tensor.type()                          the optimizer tells half from full precision by names such as
-                                       torch.cuda.FloatTensor, and clipping asserts them
+Tensor.cuda                            a tied embedding's second copy is moved to the GPU; here it stays
+                                       where it is
+Tensor.type()                          the optimizer tells half precision from full precision by names such as
+                                       torch.cuda.FloatTensor, and gradient clipping asserts them
 torch.tensor, torch.zeros              called with device="cuda" for scales, norms and flags
 torch.distributed.isend, also in       megatron-core empties the `.data` of a tensor whose send is in flight;
-distributed_c10d                       gloo holds that very tensor, so it is given an alias that keeps the
-                                       storage (interleaved pipelines were wrong in every run without it)
+distributed_c10d                       gloo holds that same tensor, so it is given an alias that keeps the
+                                       storage (without it, interleaved pipelines were wrong in every run)
 _coalescing_manager,                   gloo's asynchronous *coalesced* all-gather corrupts the heap about once
 dist_all_gather_func and               in 400 overlapped runs; single asynchronous works do not
 dist_reduce_scatter_func of megatron's
@@ -28,9 +28,9 @@ jit_fuser of megatron.core.jit, which  torch.compile on the CPU costs two second
 takes it from torch.compile
 =====================================  ==================================================================
 
-With a GPU present nothing is touched. Events, memory statistics and what streams can do are never called on this
-path and are not emulated.
-`tests/distributed/test_emulation.py` holds this table to the megatron-core that is installed.
+With a GPU present, nothing is replaced. Events, memory statistics and the methods of streams are never called on the
+CPU and are not emulated.
+`tests/distributed/test_emulation.py` compares this table with the megatron-core that is installed.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros")
 TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
-    # The exactness tests train in float64. megatron-core knows no double: as a FloatTensor such a parameter
-    # is its own main parameter, which is what a full-precision parameter has to be.
+    # The exactness tests train in float64, which megatron-core does not know. Called a FloatTensor, such a parameter
+    # is its own main parameter, as a parameter of full precision has to be.
     torch.float64: "torch.cuda.FloatTensor",
     torch.float16: "torch.cuda.HalfTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
@@ -66,7 +66,7 @@ def install() -> bool:
     """Make megatron-core run on the CPU; a second call does nothing.
 
     Returns:
-        Whether the emulation is in place: False, and nothing touched, where CUDA is present.
+        Whether the emulation is in place. False means that CUDA is present; nothing is replaced then.
 
     Raises:
         RuntimeError: megatron-core was imported before; it binds some of these names on import.
@@ -93,7 +93,7 @@ def install() -> bool:
 
 
 def _is_cuda(device: Any) -> bool:
-    """Whether a `device` argument (name, torch.device, index or None) names a GPU."""
+    """Tell whether a `device` argument (name, torch.device, index or None) names a GPU."""
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
@@ -119,7 +119,7 @@ def _manual_seed(seed: int) -> None:
 def _emulate_random_states() -> None:
     cuda: Any = torch.cuda
     cuda.get_rng_state = _get_rng_state
-    # torch.manual_seed itself calls torch.cuda.manual_seed_all, never manual_seed: no recursion
+    # this does not recurse: torch.manual_seed itself calls torch.cuda.manual_seed_all, never torch.cuda.manual_seed
     cuda.manual_seed = _manual_seed
 
 
@@ -142,7 +142,7 @@ def _emulate_tensor_names() -> None:
 
 
 def _emulate_factories() -> None:
-    # torch caches the set of factories that `with torch.device(...)` redirects: it must hold the originals
+    # torch caches the set of factories that `with torch.device(...)` redirects; filled now, it holds the originals
     _device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -166,27 +166,29 @@ def _keep_storage_of_sends() -> None:
     def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return send(tensor.detach(), *args, **kwargs)
 
-    # both names: batched works compare the function they were given with distributed_c10d's by identity
+    # both names are replaced, because batched works compare the given function with distributed_c10d's by identity
     distributed.isend = distributed.distributed_c10d.isend = isend
 
 
 def _import_without_compiling() -> None:
-    """Import megatron-core with `torch.compile` as the identity, the one time its decorators are bound."""
+    """Import megatron-core while `torch.compile` is the identity; its decorators are bound on this import only."""
     with _replaced(torch, "compile", lambda function: function), warnings.catch_warnings():
-        # it recommends Transformer Engine and Apex, which exist for GPUs only
+        # its warnings recommend Transformer Engine and Apex, which exist for GPUs only
         warnings.simplefilter("ignore", UserWarning)
         importlib.import_module("megatron.core.models.gpt.gpt_model")
 
 
 class _Works(list[Any]):
-    """Asynchronous works that are waited for together, as a coalesced work is."""
+    """Holds asynchronous works that are waited for together, as a coalesced work is."""
 
     def wait(self) -> None:
+        """Wait for all of them."""
         for work in self:
             work.wait()
 
 
 def _collect_works_one_by_one() -> None:
+    """Have megatron-core start single asynchronous works where it asks for coalesced ones."""
     buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     open_collections: list[_Works] = []
 
@@ -217,6 +219,7 @@ def _collect_works_one_by_one() -> None:
 
 @contextlib.contextmanager
 def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Replace a name of a module while the block lasts."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

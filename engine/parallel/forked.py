@@ -1,7 +1,7 @@
-"""Runs functions in forked processes: alone, side by side, or as the ranks of a small gloo world on this machine.
+"""Runs functions in forked processes: one, several at a time, or the ranks of a small gloo world on this machine.
 
-What a child changes (groups, torch's names) never reaches the caller. A child is forked from a process that has
-imported everything, so it starts in milliseconds.
+What a child changes (groups, torch's names) does not change the caller's process. A child is forked from a process
+that has imported everything, so it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class _Child(NamedTuple):
-    """A forked process and the pipe it answers through."""
+    """Holds a forked process and the pipe through which it answers."""
 
     connection: Connection
     process: BaseProcess
@@ -45,17 +45,37 @@ class _Child(NamedTuple):
 
 
 def isolated(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what `function` returns (anything that can be sent between processes).
+    """Call a function in a forked process, and wait for it.
+
+    Args:
+        function: what is called.
+        *args: of the call.
+        **kwargs: of the call.
+
+    Returns:
+        What the function returns; it must be possible to send it between processes.
 
     Raises:
-        UserError: as the function did.
-        RuntimeError: with its traceback, for anything else it raised, or if the process died.
+        UserError: the function raised it.
+        RuntimeError: the function raised anything else, whose traceback is in the message, or the process died.
     """
     return _result(_start(function, args, kwargs, quiet=True))
 
 
 def isolated_each(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
-    """Yield `isolated` of each tuple of arguments, in their order; as many at a time as there are cores."""
+    """Yield `isolated` of each tuple of arguments, in their order; as many run at a time as there are cores.
+
+    Args:
+        function: what is called.
+        arguments: one tuple for each call.
+
+    Yields:
+        What each call returns.
+
+    Raises:
+        UserError: as `isolated`.
+        RuntimeError: as `isolated`.
+    """
     waiting: list[_Child] = []
     todo = iter(arguments)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,13 +86,20 @@ def isolated_each(function: Callable[..., T], arguments: Sequence[tuple[Any, ...
 
 
 def world(size: int, work: Callable[..., T], *arguments: Any, timeout: float = 120) -> list[T]:
-    """Call `work(*arguments)` on `size` processes of one gloo world; the results in rank order.
+    """Call a function in every process of a new gloo world.
 
     Args:
-        timeout: seconds until every rank has to have answered; also of each collective.
+        size: number of processes.
+        work: what is called.
+        *arguments: of the call, the same on every rank.
+        timeout: seconds until every rank must have answered; it is also the time limit of each collective.
+
+    Returns:
+        What each rank's call returns, in rank order.
 
     Raises:
-        RuntimeError: a rank failed, with its traceback, or did not answer in time. The others are killed.
+        RuntimeError: a rank failed, whose traceback is in the message, or did not answer in time. The others are
+            killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
@@ -106,7 +133,7 @@ def world(size: int, work: Callable[..., T], *arguments: Any, timeout: float = 1
 def _start(function: Callable[..., Any], args: Any, kwargs: Any, *, quiet: bool = False) -> _Child:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    # not daemonic: the writers of a checkpoint fork
+    # not daemonic, because a daemonic process may not fork, and the writers of a checkpoint do
     process = context.Process(target=_serve, args=(theirs, quiet, function, args, kwargs), daemon=False)
     process.start()
     theirs.close()
@@ -126,10 +153,12 @@ def _result(child: _Child) -> Any:
 def _serve(connection: Connection, quiet: bool, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     torch.set_num_threads(1)
     if quiet:
-        warnings.simplefilter("ignore")  # advice to a run on GPUs, and meta tensors' about themselves
+        # the warnings are advice to a run on GPUs, or about meta tensors
+        warnings.simplefilter("ignore")
     try:
         connection.send(("result", function(*args, **kwargs)))
-    except BaseException as error:  # whatever it was, the parent has to hear of it
+    # the parent has to learn of any exception
+    except BaseException as error:
         kind = "user error" if isinstance(error, UserError) else "failure"
         connection.send((kind, (str(error), traceback.format_exc())))
     finally:
@@ -140,7 +169,8 @@ def _serve(connection: Connection, quiet: bool, function: Callable[..., Any], ar
 def _as_rank(
     rank: int, size: int, store: str, timeout: float, work: Callable[..., T], arguments: tuple[Any, ...]
 ) -> T:
-    gc.freeze()  # megatron-core collects garbage when it saves: not that of the parent, half a million objects
+    # megatron-core collects garbage when it saves; the half a million objects of the parent are left out of that
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     dist.init_process_group(
         "gloo",
@@ -149,8 +179,10 @@ def _as_rank(
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout),
     )
-    dist.barrier()  # work that ends the world at once would cut off a rank that is still connecting
+    # work that ends the world at once would cut off a rank that is still connecting
+    dist.barrier()
     result = work(*arguments)
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves early would cut off the others
+        # a rank that leaves early would cut off the others
+        dist.barrier()
     return result

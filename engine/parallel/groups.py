@@ -1,7 +1,7 @@
-"""Process groups: torch.distributed's world and megatron-core's parallel state on top of it.
+"""Builds the process groups: torch.distributed's world, and megatron-core's parallel state on top of it.
 
-`initialize` works under torchrun, in a process group that already exists, and in a single plain process.
-`shutdown` undoes it, so one process can train several models one after the other.
+`initialize` works under torchrun, in a process group that already exists, and in a single plain process. `shutdown`
+undoes it, so one process can train several models one after the other.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from silva.engine.errors import UserError
 if TYPE_CHECKING:
     from silva.engine.recipe.schema import Parallel
 
-# The rendezvous store lives as long as the process: its server cannot be moved, and every world takes a
-# prefix of its own, because the addresses of an earlier world would be read as those of the new one.
+# The rendezvous store lives as long as the process, because its server cannot be moved. Every world takes a prefix of
+# its own, because the addresses of an earlier world would be read as those of the new one.
 _store: dist.Store | None = None
 _worlds = 0
 
@@ -36,7 +36,7 @@ def initialize(parallel: Parallel, *, seed: int = 0) -> None:
         seed: of megatron-core's random states.
 
     Raises:
-        UserError: the layout does not fit the number of processes, naming the keys.
+        UserError: the layout does not fit the number of processes; the message names the keys.
     """
     if not dist.is_initialized():
         _join_world()
@@ -55,7 +55,7 @@ def initialize(parallel: Parallel, *, seed: int = 0) -> None:
 
 
 def shutdown() -> None:
-    """Leave the world and forget every group; does nothing where there is none."""
+    """Leave the world and forget every group; do nothing if there is none."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -64,10 +64,15 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def joined(parallel: Parallel, *, seed: int = 0) -> Iterator[None]:
-    """`initialize`, and `shutdown` at the end.
+    """Call `initialize` at the beginning of the block and `shutdown` at its end.
 
-    A process that fails does not leave a world of others: they may stand in a collective, and NCCL would wait for it to
-    end before it lets this one go, which would never say what is wrong. `cli.run` says it and ends the process.
+    If the block fails in a world with other processes, `shutdown` is not called. The others may be in a collective,
+    and NCCL would wait for that collective before this process may leave, so the error would never be printed.
+    `cli.run` prints it and ends the process.
+
+    Args:
+        parallel: as in `initialize`.
+        seed: as in `initialize`.
     """
     initialize(parallel, seed=seed)
     try:
@@ -80,7 +85,7 @@ def joined(parallel: Parallel, *, seed: int = 0) -> Iterator[None]:
 
 
 def _join_world() -> None:
-    """torchrun's world where its variables are set, else a world of this one process."""
+    """Join torchrun's world if its variables are set, else make a world of this one process."""
     global _store, _worlds
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -105,7 +110,7 @@ def _check_layout(parallel: Parallel, world: int) -> None:
 
 
 def device() -> torch.device:
-    """Where this process keeps its tensors."""
+    """Return the device on which this process keeps its tensors."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -114,87 +119,97 @@ def device() -> torch.device:
 
 
 def rank() -> int:
-    """This process among all."""
+    """Return this process's number among all processes."""
     return dist.get_rank()
 
 
 def world_size() -> int:
+    """Return the number of all processes."""
     return dist.get_world_size()
 
 
 def local_rank() -> int:
-    """This process among those of its node."""
+    """Return this process's number among those of its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def wait_for_all() -> None:
-    """A barrier on the host that allows for hours: what one process does for all of them may take long."""
+    """Wait until every process is here, for hours if need be, because one process may do long work for all of them."""
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     dist.barrier(group)
     dist.destroy_process_group(group)
 
 
 def data_rank() -> int:
-    """Which of the data-parallel copies this process belongs to (context parallelism not counted)."""
+    """Return which data-parallel copy of the model this process belongs to; context parallelism is not counted."""
     return parallel_state.get_data_parallel_rank()
 
 
 def data_size() -> int:
+    """Return the number of data-parallel copies of the model; context parallelism is not counted."""
     return parallel_state.get_data_parallel_world_size()
 
 
 def data_group() -> ProcessGroup:
-    """Processes that hold the same slice of the model and see different rows; context parallelism not counted."""
+    """Return the processes with the same slice of the model and other rows; context parallelism is not counted."""
     return parallel_state.get_data_parallel_group()
 
 
 def copy_rank() -> int:
-    """Which of the processes that hold the same slice of the model this one is: data and context parallelism."""
+    """Return this process's number among those with the same slice of the model, by data and context parallelism."""
     return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
 
 def context_rank() -> int:
+    """Return this process's number among those that share the tokens of every row."""
     return parallel_state.get_context_parallel_rank()
 
 
 def context_size() -> int:
+    """Return the number of processes that share the tokens of every row."""
     return parallel_state.get_context_parallel_world_size()
 
 
 def context_group() -> ProcessGroup:
-    """Processes that share the tokens of every row."""
+    """Return the processes that share the tokens of every row."""
     return parallel_state.get_context_parallel_group()
 
 
 def tensor_rank() -> int:
+    """Return this process's number among those that split every layer."""
     return parallel_state.get_tensor_model_parallel_rank()
 
 
 def tensor_size() -> int:
+    """Return the number of processes that split every layer."""
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
 def tensor_group() -> ProcessGroup:
+    """Return the processes that split every layer."""
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def pipeline_rank() -> int:
+    """Return which pipeline stage this process holds."""
     return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def pipeline_size() -> int:
+    """Return the number of pipeline stages."""
     return parallel_state.get_pipeline_model_parallel_world_size()
 
 
 def pipeline_group() -> ProcessGroup:
+    """Return the processes of this process's pipeline."""
     return parallel_state.get_pipeline_model_parallel_group()
 
 
 def is_last_stage() -> bool:
-    """Whether this process holds the head, and so the losses."""
+    """Tell whether this process holds the head, and so computes the losses."""
     return pipeline_rank() == pipeline_size() - 1
 
 
 def last_stage_rank() -> int:
-    """The process, among all, that holds the head of this process's pipeline: source of a broadcast."""
+    """Return the number, among all, of the process that holds the head of this process's pipeline."""
     return parallel_state.get_pipeline_model_parallel_last_rank()

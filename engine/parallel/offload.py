@@ -1,11 +1,11 @@
 """Keeps the optimizer's state in host memory: main weights and both moments, 12 of a bfloat16 parameter's 18 bytes.
 
-They are used once a step, when no activations are held. `keep_on_host` leaves the GPU the storage of one portion of
-them at a time: a portion is copied in, updated by the same fused kernel as without it, and copied back. Numbers are
-those of the optimizer that keeps everything on the GPU, bit for bit.
+They are used once a step, when no activations are held. With `keep_on_host`, the GPU holds one portion of them at a
+time: a portion is copied to the GPU, updated by the kernel that also serves without `keep_on_host`, and copied back.
+The numbers are those of the optimizer that keeps everything on the GPU, bit for bit.
 
-Why not the CPU's own AdamW: torchrun gives every process one thread, and a step of it would take longer than the
-24 bytes a parameter that travel here.
+AdamW does not run on the CPU instead, because torchrun gives every process one thread: a step there would take longer
+than copying the 24 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -16,34 +16,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PORTION = (
-    1 << 26
-)  # elements that are on the GPU at a time, unless a single weight has more; 0.75 GiB of state
-# Elements that are allocated on the host together, 1 GiB: torch rounds page-locked allocations up to a power of two,
-# which would waste a third of the memory if every tensor were one.
+# elements that are on the GPU at a time, unless a single weight has more: 0.75 GiB of state
+PORTION = 1 << 26
+# Elements that are allocated on the host together: 1 GiB. torch rounds page-locked allocations up to a power of two,
+# which would waste a third of the memory if every tensor had an allocation of its own.
 SLAB = 1 << 28
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def keep_on_host(optimizer: Any) -> None:
-    """Move the state of megatron-core's optimizer to host memory, for good.
+    """Move the state of megatron-core's optimizer to host memory, where it stays.
 
     Args:
-        optimizer: of `get_megatron_optimizer`, over distributed optimizers that run our `FusedAdam`. Weights must be in
-            place: main weights of a bfloat16 model are moved, those of a float32 model are the model's own and stay.
+        optimizer: of `get_megatron_optimizer`, over distributed optimizers that run our `FusedAdam`. Weights must be
+            in place: main weights of a bfloat16 model are moved, those of a float32 model are the model's own and
+            stay on the GPU.
     """
     for distributed in optimizer.chained_optimizers:
-        if distributed.optimizer is not None:  # a process may own no slice of any weight
+        # None if this process owns no slice of any weight
+        if distributed.optimizer is not None:
             _Host(distributed)
 
 
 class _Host:
-    """Host copies of one distributed optimizer's state, and the methods of it that reach for the state."""
+    """Holds host copies of one distributed optimizer's state, and replaces its methods that use the state.
+
+    Attributes:
+        distributed: megatron-core's distributed optimizer.
+        adam: the optimizer inside it.
+        main: the values of each main weight, on the host.
+        model: the bfloat16 weight made from each main weight.
+    """
 
     def __init__(self, distributed: Any) -> None:
         self.distributed, self.adam = distributed, distributed.optimizer
-        self.main: dict[Tensor, Tensor] = {}  # by main weight: its values
-        self.model: dict[Tensor, Tensor] = {}  # by main weight: the bfloat16 weight made from it
+        self.main: dict[Tensor, Tensor] = {}
+        self.model: dict[Tensor, Tensor] = {}
         groups = distributed.shard_float16_groups, distributed.shard_fp32_from_float16_groups
         slabs = _Slabs(
             sum(p.numel() for mains in groups[1] for p in mains)
@@ -60,22 +68,23 @@ class _Host:
         distributed._get_main_param_and_optimizer_states = self.state_of
         distributed._set_main_param_and_optimizer_states = self.set_state_of
         if self.main:
-            distributed._copy_main_params_to_model_params = lambda: None  # `step` has done it
+            # `step` has already copied them
+            distributed._copy_main_params_to_model_params = lambda: None
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.adam.param_groups for p in group["params"])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """An optimizer step, portion by portion."""
+        """Take an optimizer step, portion by portion."""
         for group in self.adam.param_groups:
             group["step"] = group.get("step", 0) + 1
             for portion in portions([p for p in group["params"] if p.grad is not None]):
                 self._update(group, portion)
 
     def _update(self, group: dict[str, Any], portion: list[Tensor]) -> None:
-        # All copies and the kernel run on one stream, in order: memory that is freed here is only used again, and host
-        # memory only written again, by what comes after them.
+        # All copies and the kernel run in order on one stream. So memory that is freed here is used again, and host
+        # memory is written again, only by work that comes after them.
         moments = []
         for p in portion:
             if p in self.main:
@@ -94,13 +103,13 @@ class _Host:
                 p.untyped_storage().resize_(0)
 
     def state_of(self, model_param: Tensor) -> dict[str, Tensor]:
-        """What megatron-core saves of a weight."""
+        """Return what megatron-core saves of a weight."""
         settle()
         p = self._main_of(model_param)
         return {"param": self.main.get(p, p), **self.adam.state[p]}
 
     def set_state_of(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        """What it loads."""
+        """Take over what megatron-core loads of a weight."""
         for name, own in self.state_of(model_param).items():
             own.data.copy_(tensors[name])
 
@@ -110,16 +119,16 @@ class _Host:
         return found
 
     def load_settings(self, state_dict: dict[str, Any]) -> None:
-        """Learning rates, steps and the like; tensors are loaded into the host's by `set_state_of`.
+        """Load learning rates, steps and other settings of the parameter groups; `set_state_of` loads the tensors.
 
-        torch's own method would move them to the device of the weights.
+        torch's own method would move the tensors to the device of the weights.
         """
         for group, saved in zip(self.adam.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
 
 
 def portions(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """What of a group is on the GPU together."""
+    """Yield the parameters of a group in portions, each of which is on the GPU at one time."""
     portion: list[Tensor] = []
     for p in parameters:
         if portion and sum(each.numel() for each in portion) + p.numel() > PORTION:
@@ -131,15 +140,19 @@ def portions(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class _Slabs:
-    """Host memory, page-locked where there is a GPU, so that copies run beside the host."""
+    """Hands out host memory, page-locked where there is a GPU, so that copies are asynchronous.
+
+    Args:
+        total: elements that will be asked for.
+    """
 
     def __init__(self, total: int) -> None:
-        """total: elements that will be asked for."""
         self._size = min(SLAB, total)
-        self._left: list[Tensor] = []  # of each slab what nobody has yet
+        # the free part of each slab
+        self._left: list[Tensor] = []
 
     def like(self, x: Tensor) -> Tensor:
-        """A float32 tensor of that shape; without memory, as `x`, where only a plan is made."""
+        """Return a float32 tensor of the shape of `x`; like `x`, it has no memory if only a plan is made."""
         if x.is_meta:
             return torch.empty_like(x, dtype=torch.float32)
         size = x.numel()
@@ -151,6 +164,6 @@ class _Slabs:
 
 
 def settle() -> None:
-    """Wait for copies to the host: the CPU may read what a step has written only after it."""
+    """Wait for copies to the host, after which the CPU may read what a step has written."""
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()

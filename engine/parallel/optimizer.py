@@ -1,8 +1,8 @@
-"""AdamW for megatron-core without Transformer Engine or apex.
+"""Gives megatron-core an AdamW that needs neither Transformer Engine nor apex, and wraps the model around it.
 
-megatron-core's own path over `torch.optim.AdamW` cannot resume a distributed checkpoint (it asserts on a fresh
-state and loses `step`) and clips with one host synchronisation per tensor. This one keeps the step in the
-parameter group, as the fused optimizers do that megatron-core is written for, and runs torch's fused kernel.
+megatron-core's own path over `torch.optim.AdamW` cannot resume a distributed checkpoint (it asserts on a fresh state
+and loses `step`), and it clips with one host synchronisation per tensor. The AdamW here keeps the step in the
+parameter group, like the fused optimizers that megatron-core is written for, and runs torch's fused kernel.
 """
 
 from __future__ import annotations
@@ -29,9 +29,21 @@ if TYPE_CHECKING:
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) on `torch._fused_adamw_`; moments in float32.
+    """Implements AdamW (arXiv 1711.05101) with `torch._fused_adamw_`; moments are float32.
 
-    Args as apex's and Transformer Engine's class of that name, whose place it takes.
+    It replaces the class of that name in apex and Transformer Engine, and takes the same arguments.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: the learning rate.
+        betas: decay rates of the first and the second moment.
+        eps: is added to the root of the second moment.
+        weight_decay: factor of the weight decay.
+        adam_w_mode: whether the decay is AdamW's; without it, it is an L2 penalty, as in Adam.
+        capturable: must be false.
+
+    Raises:
+        ValueError: `capturable` is true.
     """
 
     def __init__(
@@ -45,7 +57,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if capturable:
-            raise ValueError("FusedAdam keeps its step on the host, where no CUDA graph can count it")
+            raise ValueError("FusedAdam cannot be captured in a CUDA graph: it counts its steps on the host")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -58,6 +70,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient; a closure is refused."""
         if closure is not None:
             raise ValueError("FusedAdam.step takes no closure")
         for group in self.param_groups:
@@ -74,13 +87,21 @@ class FusedAdam(torch.optim.Optimizer):
     def update(
         self, group: dict[str, Any], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
     ) -> None:
-        """Update parameters and their moments in place, all on one device, as the group's settings and step say."""
+        """Update parameters and their moments in place, by the group's settings and step.
+
+        Args:
+            group: the parameter group.
+            parameters: of the group, all on one device and all with a gradient.
+            first: first moments of the parameters.
+            second: second moments of the parameters.
+        """
         if not parameters:
             return
         step = torch.tensor(float(group["step"]), device=parameters[0].device)
         self._update(
             parameters,
-            [p.grad for p in parameters if p.grad is not None],  # of all of them: the callers see to it
+            # the callers pass only parameters with a gradient, so this leaves none out
+            [p.grad for p in parameters if p.grad is not None],
             first,
             second,
             [],
@@ -108,10 +129,13 @@ def _scale(chunk: int, flag: Tensor, lists: list[list[Tensor]], factor: float) -
 
 
 def register(*, always: bool = False) -> bool:
-    """Put these where megatron-core looks for the fused ones. Returns False if it found real ones itself.
+    """Put this optimizer and its clipping where megatron-core looks for the fused ones.
 
     Args:
-        always: of the optimizer also where it found one.
+        always: whether to do so also where megatron-core has found apex or Transformer Engine.
+
+    Returns:
+        Whether they are in place.
     """
     import megatron.core.optimizer as factory
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
@@ -132,17 +156,24 @@ def register(*, always: bool = False) -> bool:
 
 
 def adam_in_use() -> str:
-    """The library whose AdamW megatron-core takes, after `build`."""
+    """Return the library whose AdamW megatron-core uses; called after `build`."""
     import megatron.core.optimizer as factory
 
     return "torch, fused" if factory.Adam is FusedAdam else str(factory.Adam.__module__).partition(".")[0]
 
 
 def wrap(chunks: Sequence[nn.Module], parallel: Parallel) -> list[nn.Module]:
-    """Data parallelism around a model whose weights are in place: gradients are summed, never averaged.
+    """Wrap a model whose weights are in place for data parallelism; gradients are summed, never averaged.
 
-    bfloat16 models get float32 gradients and convert their inputs and outputs themselves. Linear layers add to the
-    gradients in the product that computes theirs.
+    bfloat16 models get float32 gradients, and convert their inputs and outputs themselves. A linear layer's gradient
+    is added to the buffer by the product that computes it (`weight_gradient`).
+
+    Args:
+        chunks: `gpt.build`'s modules.
+        parallel: the layout.
+
+    Returns:
+        The wrapped modules.
     """
     config: Any = chunks[0].config
     if config.bf16:
@@ -162,13 +193,22 @@ def wrap(chunks: Sequence[nn.Module], parallel: Parallel) -> list[nn.Module]:
 
 
 def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -> Any:
-    """megatron-core's optimizer over wrapped chunks, and the hooks its schedules call.
+    """Build megatron-core's optimizer over wrapped chunks, and set the hooks that its schedules call.
 
-    Losses arrive divided by the global count, so `finalize_model_grads` gets no token count to divide by.
+    Losses are already divided by the global count, so `finalize_model_grads` gets no token count to divide by.
+
+    Args:
+        chunks: of `wrap`.
+        training: the recipe's section.
+        parallel: the layout.
+
+    Returns:
+        The optimizer of `get_megatron_optimizer`.
     """
     register(always=parallel.offload_optimizer)
     config: Any = chunks[0].config
-    # main weights are made on the GPU, all of them, before they move: the gradients give them their place
+    # With offloading, all main weights are first made on the GPU and then moved. Meanwhile the gradient buffers are
+    # freed, to make room for them.
     every: list[Any] = list(chunks)
     gradients = [b.grad_data for chunk in every for b in chunk.buffers] if parallel.offload_optimizer else []
     sizes = [x.untyped_storage().nbytes() for x in gradients]
@@ -210,7 +250,11 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
 def settle(chunks: Sequence[Any], parallel: Parallel) -> None:
     """Finish gathering updated parameters, which `parallel.overlap` puts off until the next forward pass.
 
-    Needed before the weights are read by anything but a forward pass.
+    It has to be called before anything but a forward pass reads the weights.
+
+    Args:
+        chunks: of `wrap`.
+        parallel: the layout.
     """
     if parallel.overlap and parallel.distributed_optimizer:
         for chunk in chunks:
@@ -224,12 +268,23 @@ def _sum_gradients(chunks: list[nn.Module], num_tokens: Tensor | None = None, **
 def learning_rate(
     step: int, steps: int, *, peak: float, minimum: float, warmup: float, schedule: str
 ) -> float:
-    """The learning rate of step 0, 1, ..., steps - 1: linear warm-up, then cosine, linear or constant.
+    """Compute the learning rate of a step: linear warm-up, then cosine, linear or constant.
 
-    A pure function of the step, so that a resumed run needs no scheduler state. Warm-up takes
-    `ceil(warmup * steps)` steps and its first step is not zero; the last step of the decay is just above
-    `minimum` (both as transformers' `get_cosine_schedule_with_warmup`, shifted by one step, which spends its
-    first step on a rate of zero).
+    The rate is a pure function of the step, so a resumed run needs no scheduler state. Warm-up takes
+    `ceil(warmup * steps)` steps and its first step is not zero; the last step of the decay is just above `minimum`.
+    Both are as in transformers' `get_cosine_schedule_with_warmup`, shifted by one step, because that function spends
+    its first step on a rate of zero.
+
+    Args:
+        step: from 0 to `steps` - 1.
+        steps: of the whole run.
+        peak: the rate at the end of warm-up.
+        minimum: the rate that the decay approaches.
+        warmup: share of the steps.
+        schedule: "cosine", "linear" or "constant".
+
+    Returns:
+        The rate.
     """
     rising = math.ceil(warmup * steps)
     if step < rising:

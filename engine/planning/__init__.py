@@ -1,1 +1,1 @@
-"""Will it fit, how fast: memory and time of a run on any number of GPUs, predicted without one."""
+"""Predicts the memory and the time of a run on any number of GPUs, without having one."""

@@ -1,8 +1,8 @@
-"""One rank of a job of any size, really built and stepped without a GPU, and what it holds and costs.
+"""Builds and steps one rank of a job of any size without a GPU, and measures what it holds and costs.
 
-The real `gpt.build`, `optimizer.wrap` and `optimizer.build` run on the meta device in a process group that only
-pretends (any world size), then one micro-batch goes forward and backward through the real modules. Triton kernels are
-not launched, but the code around them runs: what it allocates and saves for the backward pass is counted.
+The real `gpt.build`, `optimizer.wrap` and `optimizer.build` run on the meta device in a simulated process group of any
+world size, then one micro-batch goes forward and backward through the real modules. Triton kernels are not launched,
+but the code around them runs: what it allocates and saves for the backward pass is counted.
 
 S tokens of a row, H hidden size.
 """
@@ -39,13 +39,25 @@ from silva.kernels import dispatch
 from silva.kernels.tree_attention_backward import query_gradient_kernel
 from silva.kernels.tree_attention_forward import forward_kernel
 
-SEQUENCES = 16  # of the row that is stepped; rows are padded to a multiple of it
+# sequences of the row that is stepped; rows are padded to a multiple of this number
+SEQUENCES = 16
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides what a rank holds."""
+    """Holds everything that decides what a rank holds.
+
+    Attributes:
+        shape: of the model.
+        parallel: the layout.
+        training: the recipe's section.
+        head: of the model.
+        dtype: of the model.
+        world: number of processes.
+        row_length: S, a multiple of what rows are padded to.
+        scored: share of the tokens that are scored.
+    """
 
     shape: ModelShape
     parallel: Parallel
@@ -53,49 +65,78 @@ class Job:
     head: gpt.Head
     dtype: torch.dtype
     world: int
-    row_length: int  # S, a multiple of what rows are padded to
-    scored: float = 1.0  # share of the tokens that are scored
+    row_length: int
+    scored: float = 1.0
 
     @property
     def tokens(self) -> int:
-        """Of a row, between the layers of one process."""
+        """Return the number of a row's tokens that one process holds between its layers."""
         layout = self.parallel
         return self.row_length // layout.context // (layout.tensor if layout.sequence_parallel else 1)
 
 
 @dataclass
 class Chunk:
-    """One model chunk of a stage and one micro-batch through it; bytes."""
+    """Holds what one model chunk of a stage, and one micro-batch through it, take.
+
+    Attributes:
+        layers: number of layers.
+        parameters: number of elements of all parameters.
+        saved: bytes kept from the forward to the backward pass, the input included.
+        forward_peak: bytes beyond `saved` at the worst moment of the forward pass.
+        backward_peak: bytes beyond `saved` at the worst moment of the backward pass.
+        forward: cost of the forward pass.
+        backward: cost of the backward pass, recomputation included.
+        output: shape of the chunk's output.
+        tensors: number of parameter tensors.
+        reached: number of parameter tensors whose gradient arrived in its buffer.
+    """
 
     layers: int
-    parameters: int  # elements
-    saved: float  # kept from the forward to the backward pass, the input included
-    forward_peak: float  # beyond `saved`, at the worst moment of the forward pass
-    backward_peak: float  # beyond `saved`, at the worst moment of the backward pass
+    parameters: int
+    saved: float
+    forward_peak: float
+    backward_peak: float
     forward: Cost
-    backward: Cost  # recomputation included
-    output: tuple[int, ...] = ()  # shape of what the chunk gives
-    tensors: int = 0  # parameter tensors
-    reached: int = 0  # of them, those whose gradient arrived in its buffer
+    backward: Cost
+    output: tuple[int, ...] = ()
+    tensors: int = 0
+    reached: int = 0
 
 
 @dataclass
 class Stage:
-    """What one rank of a pipeline stage allocates for good, in bytes, and its chunks."""
+    """Holds what one rank of a pipeline stage allocates for the whole run, in bytes, and its chunks.
+
+    Attributes:
+        parameters: of all chunks.
+        gradients: of all chunks.
+        optimizer: state on the GPU.
+        buffers: megatron-core's own, kept for gathering rows.
+        chunks: the model chunks of the stage.
+        host: optimizer state in host memory.
+    """
 
     parameters: float
     gradients: float
     optimizer: float
-    buffers: float  # megatron-core's own, kept for gathering rows
+    buffers: float
     chunks: list[Chunk] = field(default_factory=list)
-    host: float = 0.0  # of optimizer state, in host memory
+    host: float = 0.0
 
 
 def measure(job: Job, rank: int) -> Stage:
-    """Build and step rank `rank` of `job`, in this process: call it through `isolated`.
+    """Build and step one rank of a job in this process; it is to be called through `isolated`.
+
+    Args:
+        job: what the rank belongs to.
+        rank: its number among the `job.world` processes.
+
+    Returns:
+        What the rank allocates for the whole run, and its chunks with what one micro-batch through each takes.
 
     Raises:
-        UserError: the layout fits neither the model nor the world.
+        UserError: the layout does not fit the model or the world.
     """
     meter = Meter()
     with _rank(job, rank), without_launches(meter):
@@ -113,33 +154,54 @@ def measure(job: Job, rank: int) -> Stage:
         )
 
 
-# ---------------------------------------------------------------- a rank that pretends
+# ---------------------------------------------------------------- a simulated rank
 
 
 @contextmanager
 def _rank(job: Job, rank: int) -> Iterator[None]:
-    """A rank of the job, whose new modules are made on the meta device."""
-    _any(torch.cuda).current_device = lambda: META
-    with pretended_world(job.parallel, rank, job.world):
-        yield
+    """Simulate a rank of the job; its new modules are made on the meta device."""
+    cuda, before = _any(torch.cuda), torch.cuda.current_device
+    cuda.current_device = lambda: META
+    try:
+        with simulated_world(job.parallel, rank, job.world):
+            yield
+    finally:
+        cuda.current_device = before
 
 
 @contextmanager
-def pretended_world(parallel: Parallel, rank: int, size: int) -> Iterator[None]:
-    """Groups of a world in which only this process exists: collectives do nothing and leave outputs as they were."""
+def simulated_world(parallel: Parallel, rank: int, size: int) -> Iterator[None]:
+    """Simulate the process groups of a world in which only this process exists.
+
+    Collectives do nothing and leave their outputs as they were.
+
+    Args:
+        parallel: the layout that the world is divided by.
+        rank: of this process.
+        size: of the world.
+    """
     state, own_groups = _any(parallel_state), parallel_state.create_group
-    # gloo would look for the other processes; the pretended backend stands in for it too
+    # gloo would look for the other processes, so the fake backend replaces it too
     state.create_group = lambda *args, **options: own_groups(*args, **options | {"backend": "fake"})
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    groups.initialize(parallel)
-    yield
-    groups.shutdown()
-    state.create_group = own_groups
+    try:
+        groups.initialize(parallel)
+        yield
+    finally:
+        groups.shutdown()
+        state.create_group = own_groups
 
 
 @contextmanager
 def without_launches(meter: Meter) -> Iterator[None]:
-    """Take kernels as on a GPU while the block lasts, but let a launch only count what it would have moved."""
+    """Take the kernels' path as on a GPU while the block lasts, but let a launch only count what it would have moved.
+
+    Args:
+        meter: what the launches are counted in.
+
+    Raises:
+        UserError: Triton is not installed.
+    """
     if dispatch.triton is None:
         raise UserError("the plan runs the code around the Triton kernels: install triton, or plan on Linux")
     from triton.runtime.jit import KernelInterface
@@ -148,16 +210,19 @@ def without_launches(meter: Meter) -> Iterator[None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             meter.cost.attention += kernel is forward_kernel
             meter.cost.attention_backward += kernel is query_gradient_kernel
-            meter.kernel([getattr(x, "base", x) for x in args])  # tensor descriptors have a base
+            # a tensor descriptor keeps its tensor as `base`
+            meter.kernel([getattr(x, "base", x) for x in args])
 
         return launch
 
     interface = _any(KernelInterface)
     before = interface.__getitem__
     interface.__getitem__ = launcher
-    with dispatch.forced(True):
-        yield
-    interface.__getitem__ = before
+    try:
+        with dispatch.forced(True):
+            yield
+    finally:
+        interface.__getitem__ = before
 
 
 def _any(target: object) -> Any:
@@ -168,7 +233,7 @@ def _any(target: object) -> Any:
 
 
 def _build(job: Job) -> tuple[list[Any], float, float]:
-    """The wrapped chunks and the bytes of optimizer state, on the GPU and in host memory."""
+    """Return the wrapped chunks and the bytes of optimizer state, on the GPU and in host memory."""
     bare = gpt.build(job.shape, job.parallel, head=job.head, dtype=job.dtype)
     chunks: list[Any] = [*optimizer.wrap(bare, job.parallel)]
     made = optimizer.build(chunks, job.training, job.parallel)
@@ -185,7 +250,7 @@ def _build(job: Job) -> tuple[list[Any], float, float]:
 
 
 def _optimizer_bytes(made: Any, chunks: list[Any]) -> float:
-    """Main parameters, where they are not the model's own, and both moments, which the first step makes."""
+    """Count the main parameters, where they are not the model's own, and both moments, which the first step makes."""
     own = {p.untyped_storage()._cdata for chunk in chunks for p in chunk.parameters()}
     total = 0.0
     for part in getattr(made, "chained_optimizers", [made]):
@@ -204,7 +269,7 @@ def _storages(tensors: Iterable[Tensor]) -> float:
 
 
 def _step(job: Job, chunk: Any, meter: Meter) -> Chunk:
-    """One micro-batch forward and backward, as megatron-core's schedules do it."""
+    """Pass one micro-batch forward and backward, as megatron-core's schedules do it."""
     model = gpt.unwrapped(chunk)
     chunk.train()
     versions = [p.main_grad._version for p in chunk.parameters()]
@@ -219,7 +284,8 @@ def _step(job: Job, chunk: Any, meter: Meter) -> Chunk:
         shape = tuple(out.shape)
         forward, highest = meter.cost, meter.peak
         if not model.post_process:
-            deallocate_output_tensor(out, True)  # where it is not, `memory.budget` counts it
+            # `memory.budget` adds the output again for layouts that do not free it
+            deallocate_output_tensor(out, True)
         pools = _pool_bytes() - shared
         saved = meter.live - before - pools
         meter.restart()
@@ -251,13 +317,13 @@ def _pool_bytes() -> float:
 
 
 def _hidden(job: Job, *, requires_grad: bool = False) -> Tensor:
-    """What stages exchange: (S / cp, 1, H), also divided by tp with sequence parallelism."""
+    """Return a tensor such as stages exchange: (S / cp, 1, H), also divided by tp with sequence parallelism."""
     size = (job.tokens, 1, job.shape.hidden)
     return torch.empty(size, dtype=job.dtype, device=META, requires_grad=requires_grad)
 
 
 def _row(job: Job) -> tuple[TreeBatch, RowShare | None]:
-    """The row that is stepped, and what of it this rank computes."""
+    """Return the row that is stepped, and the share of it that this rank computes."""
     batch, share = plain_row(job.row_length, job.scored), None
     if job.parallel.context > 1:
         part = groups.context_rank(), groups.context_size()
@@ -269,8 +335,8 @@ def plain_row(size: int, scored: float = 1.0) -> TreeBatch:
     """Pack a row of `SEQUENCES` unrelated sequences.
 
     Args:
-        size: tokens, a multiple of `SEQUENCES`.
-        scored: share of each sequence's tokens that is scored, the last ones; never its first token.
+        size: number of tokens, a multiple of `SEQUENCES`.
+        scored: share of each sequence's tokens that is scored, the last ones; its first token never is.
     """
     length = size // SEQUENCES
     first = max(1, length - round(scored * length))

@@ -1,4 +1,4 @@
-"""What running a module costs, counted operation by operation as torch dispatches them: works on the meta device."""
+"""Counts what running a module costs, operation by operation as torch dispatches them, also on the meta device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# they hand out memory or a view of it and move nothing
+# these operations return memory or a view of it and move no bytes
 FREE = {
     "empty",
     "empty_like",
@@ -29,19 +29,29 @@ FREE = {
 
 @dataclass
 class Cost:
-    """What a stretch of work takes on one GPU."""
+    """Holds what a stretch of work takes on one GPU.
 
-    flops: float = 0  # of matrix products
-    traffic: float = 0  # bytes that everything else reads and writes
-    wire: float = 0  # bytes this GPU sends in collectives, by the ring algorithm
-    attention: int = 0  # attention operations (one per layer), whose work depends on the trees
+    Attributes:
+        flops: floating-point operations of matrix products.
+        traffic: bytes that everything else reads and writes.
+        wire: bytes this GPU sends in collectives, by the ring algorithm.
+        attention: number of attention operations (one per layer), whose work depends on the trees.
+        attention_backward: number of their backward passes.
+        context_wire: bytes such as `wire`, but sent among context-parallel processes.
+    """
+
+    flops: float = 0
+    traffic: float = 0
+    wire: float = 0
+    attention: int = 0
     attention_backward: int = 0
-    context_wire: float = 0  # of `wire`'s kind, but among context-parallel processes
+    context_wire: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in COSTS))
 
     def scaled(self, factor: float) -> Cost:
+        """Return the cost of `factor` times the work."""
         return Cost(*(getattr(self, name) * factor for name in COSTS))
 
 
@@ -54,22 +64,28 @@ class Meter(TorchDispatchMode):
     A storage is freed when torch frees it, so the count at the end of a forward pass is what is kept for the
     backward pass. Collectives count as ring algorithms send: (n - 1) / n of the whole for a gather or a scatter
     over n processes, twice that for an all-reduce.
+
+    Attributes:
+        context_group: name of the group whose collectives are counted apart, as `Cost.context_wire`.
+        live: bytes of the storages that were made under the meter and are not freed.
+        peak: the largest `live` since the last `restart`.
+        cost: what was counted since the last `restart`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.context_group = ""  # the name of the group whose collectives are counted apart
+        self.context_group = ""
         self.live = self.peak = 0
         self.cost = Cost()
         self._sizes: dict[int, int] = {}
 
     def restart(self) -> Cost:
-        """The cost so far; counting goes on from zero, and the peak from what is live."""
+        """Return the cost so far; counting goes on from zero, and the peak from what is live."""
         cost, self.cost, self.peak = self.cost, Cost(), self.live
         return cost
 
     def kernel(self, arguments: Sequence[Any]) -> None:
-        """A kernel that torch does not see reads or writes each of its tensors once."""
+        """Count a kernel that torch does not see as one that reads or writes each of its tensors once."""
         self.cost.traffic += sum(_bytes(x) for x in arguments if isinstance(x, Tensor))
 
     def __torch_dispatch__(
@@ -86,7 +102,8 @@ class Meter(TorchDispatchMode):
             self.cost.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         elif not func.is_view and packet.__name__ not in FREE:
             self.cost.traffic += sum(map(_bytes, (*given, *results)))
-        before = {x.untyped_storage()._cdata for x in given}  # what works in place makes nothing
+        # an operation that works in place returns a storage it was given and allocates none
+        before = {x.untyped_storage()._cdata for x in given}
         for x in results:
             storage = x.untyped_storage()
             if storage._cdata not in before and storage._cdata not in self._sizes:

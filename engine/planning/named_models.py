@@ -1,6 +1,6 @@
-"""Shapes of well-known models, so that a run can be planned before its checkpoint is downloaded.
+"""Lists the shapes of well-known models, so that a run can be planned before its checkpoint is downloaded.
 
-What training reads is the checkpoint's own config.json, never this table.
+Training reads the checkpoint's own config.json, never this table.
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ HUB = {
 
 
 def resolve(asked: str | None, model: str) -> tuple[ModelShape, str]:
-    """The shape to plan with and where it comes from; nothing is downloaded.
+    """Find the shape to plan with; nothing is downloaded.
 
     Args:
-        asked: a name of `NAMED`, a folder with a config.json or that file; None: what `model` says.
+        asked: a name of `NAMED`, a folder with a config.json, or that file; None takes `model`.
         model: the recipe's `model.path`.
 
+    Returns:
+        The shape, and where it comes from: a name of `NAMED` or the path of a config.json.
+
     Raises:
-        UserError: neither leads to a shape.
+        UserError: neither argument leads to a shape.
     """
     name = asked or HUB.get(model, model)
     if name in NAMED:
@@ -64,6 +67,6 @@ def resolve(asked: str | None, model: str) -> tuple[ModelShape, str]:
         return hf.read_shape(folder), str(folder / "config.json")
     key = "--shape" if asked else "model.path"
     raise UserError(
-        f"{key}: {name} is no folder with a config.json here, and nothing is downloaded for a plan; "
+        f"{key}: {name} is no folder with a config.json here, and a plan downloads nothing; "
         f"give --shape with such a folder, or one of: {', '.join(NAMED)}"
     )

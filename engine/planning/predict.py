@@ -1,4 +1,4 @@
-"""One layout on one cluster: its stages built, their memory, and the time of a step."""
+"""Predicts one layout on one cluster: builds its stages, and computes their memory and the time of a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ from silva.engine.recipe.schema import Parallel, Recipe
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for, whatever the layout."""
+    """Holds what a plan is made for, independent of the layout.
+
+    Attributes:
+        recipe: of the run.
+        shape: of the model.
+        workload: what one unit of the global batch has to compute.
+        gpu: the kind of GPU.
+        gpus: number of GPUs.
+        assumptions: shares of the peaks, and what a process takes beside its tensors.
+    """
 
     recipe: Recipe
     shape: ModelShape
@@ -34,6 +43,7 @@ class Setting:
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     def job(self, parallel: Parallel, row_length: int | None = None) -> Job:
+        """Return the job of a layout; rows are as long as the recipe says if `row_length` is None."""
         return Job(
             shape=self.shape,
             parallel=parallel,
@@ -46,6 +56,7 @@ class Setting:
         )
 
     def load(self, job: Job) -> Load:
+        """Return what a step passes through the layout of a job."""
         units = self.recipe.training.global_batch
         return Load(
             rows=self.workload.rows(units, job.row_length, self.assumptions.row_fill),
@@ -58,22 +69,38 @@ class Setting:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Memory of every stage and the time of a step."""
+    """Holds the memory of every stage and the time of a step.
+
+    Attributes:
+        job: what is predicted.
+        stages: in pipeline order.
+        budgets: memory of each stage.
+        time: of one step.
+        utilisation: share of the GPUs' peak, by the operations the model needs (MFU).
+        fits: whether every stage fits its GPU.
+    """
 
     job: Job
     stages: Sequence[Stage]
     budgets: Sequence[Budget]
     time: StepTime
-    utilisation: float  # of the GPUs' peak, by the operations the model needs (MFU)
+    utilisation: float
     fits: bool
 
     @property
     def fullest(self) -> Budget:
+        """Return the memory of the stage that needs the most."""
         return max(self.budgets, key=lambda each: each.total)
 
 
 def predict(setting: Setting, job: Job, stages: Sequence[Stage]) -> Prediction:
-    """From measured or composed stages, in pipeline order."""
+    """Predict memory and time from measured or composed stages.
+
+    Args:
+        setting: what the plan is made for.
+        job: what the stages belong to.
+        stages: in pipeline order.
+    """
     load, gpu, assumptions = setting.load(job), setting.gpu, setting.assumptions
     count = micro_batches(job, load.rows)
     budgets = [budget(stage, place, job, count, assumptions) for place, stage in enumerate(stages)]
@@ -90,18 +117,21 @@ def predict(setting: Setting, job: Job, stages: Sequence[Stage]) -> Prediction:
 
 
 def build_stages(job: Job) -> list[Stage]:
-    """Every stage of a job: the first, the last and one of each number of layers between really built.
+    """Return every stage of a job in pipeline order, of which one of each kind is built.
+
+    The first and the last stage are built, and of those between one for each number of layers; the others are equal.
 
     Raises:
-        UserError: the layout fits neither the model nor the number of GPUs.
+        UserError: the layout does not fit the model or the number of GPUs.
     """
     stages = job.parallel.pipeline
-    if job.world % stages:  # `groups.initialize` says the rest, but needs a rank to begin with
+    # `groups.initialize` checks the rest of the layout, but it needs a rank, which this division gives
+    if job.world % stages:
         raise UserError(
             f"parallel.pipeline is {stages}, which does not divide {job.world} GPUs: give --gpus a multiple of it"
         )
     layers = gpt.stage_layers(job.shape, job.parallel)
-    # stages whose chunks have as many layers, and the same end of the model in them, are alike
+    # two stages are equal if their chunks have equally many layers and contain the same end of the model
     kinds = [(place == 0, place == stages - 1, *layers[place::stages]) for place in range(stages)]
     places = {kind: place for place, kind in enumerate(kinds)}
     ranks = [(job, place * (job.world // stages)) for place in places.values()]
@@ -110,7 +140,7 @@ def build_stages(job: Job) -> list[Stage]:
 
 
 def advice(setting: Setting, prediction: Prediction) -> list[str]:
-    """What to change, the likeliest first."""
+    """Return advice on what to change, the likeliest first."""
     layout, fullest = prediction.job.parallel, prediction.fullest
     count = replicas(prediction.job)
     found = []
@@ -130,7 +160,9 @@ def advice(setting: Setting, prediction: Prediction) -> list[str]:
                     found.append("parallel.offload_optimizer=true keeps it in host memory")
         else:
             if layout.recompute != "full":
-                found.append(f"parallel.recompute=full (now {layout.recompute}) keeps one tensor a layer")
+                found.append(
+                    f"parallel.recompute=full (now {layout.recompute}) keeps only one tensor a layer"
+                )
             if layout.tensor > 1 and not layout.sequence_parallel:
                 found.append("parallel.sequence_parallel=true splits what tensor parallelism leaves whole")
             found.append(f"a shorter data.row_length (now {setting.recipe.data.row_length})")
@@ -152,12 +184,12 @@ def advice(setting: Setting, prediction: Prediction) -> list[str]:
     if time.gradients_and_weights > 0.1 * time.total and not layout.overlap:
         found.append("parallel.overlap=true hides reducing gradients behind the backward pass")
     if layout.tensor > 1 and not layout.sequence_parallel:
-        found.append("parallel.sequence_parallel=true costs nothing and saves activations")
+        found.append("parallel.sequence_parallel=true takes no extra time and saves activations")
     return found
 
 
 def as_overrides(prediction: Prediction, recipe: Recipe) -> list[str]:
-    """The layout as `key=value`, ready to paste; row_length only where it differs from the recipe's."""
+    """Return the layout as `key=value`, ready to paste; row_length only where it differs from the recipe's."""
     values = prediction.job.parallel.model_dump()
     words = {None: "null", True: "true", False: "false"}
     found = [
@@ -171,11 +203,11 @@ def as_overrides(prediction: Prediction, recipe: Recipe) -> list[str]:
 
 
 def _pasted(value: object) -> str:
-    """Without blanks, so that a shell takes it as one word."""
+    """Write a value without blanks, so that a shell takes it as one word."""
     return str(value).replace(" ", "")
 
 
 def padded(row_length: int, parallel: Parallel) -> int:
-    """Tokens of the longest row, padded as the trainer pads it."""
+    """Return the number of tokens of the longest row, padded as the trainer pads it."""
     multiple = gpt.row_multiple(parallel)
     return -(-row_length // multiple) * multiple

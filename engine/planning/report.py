@@ -1,4 +1,4 @@
-"""Predictions as tables, with the words a reader needs beside them."""
+"""Prints predictions as tables, with the explanations a reader needs beside them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ WARNING = "A prediction, not a measurement: nothing here has run on a GPU. What 
 
 
 def show_setting(console: Console, setting: Setting, shape_source: str) -> None:
+    """Print what the plan is made for: model, cluster and step."""
     recipe, work, gpu = setting.recipe, setting.workload, setting.gpu
     shape = setting.shape
     console.print(
@@ -37,7 +38,7 @@ def show_setting(console: Console, setting: Setting, shape_source: str) -> None:
 
 
 def show_prediction(console: Console, setting: Setting, prediction: Prediction) -> None:
-    """One layout: memory by stage, time by cause, advice."""
+    """Print one layout: memory by stage, time by cause, advice."""
     console.print(
         f"layout     {' '.join(as_overrides(prediction, setting.recipe)) or 'as the recipe says'}\n"
     )
@@ -63,7 +64,8 @@ def _memory_table(console: Console, setting: Setting, prediction: Prediction) ->
     table = Table(title="memory of one GPU, GiB", title_justify="left")
     for name in ("stage", "layers", "in flight", *PARTS, "total", "free"):
         table.add_column(name, justify="right")
-    rows: list[tuple[int, int, list[str]]] = []  # equal neighbours share a line
+    # equal neighbours share a line: first stage, last stage, cells
+    rows: list[tuple[int, int, list[str]]] = []
     for place, (stage, each) in enumerate(zip(prediction.stages, prediction.budgets, strict=True)):
         cells = [
             str(sum(chunk.layers for chunk in stage.chunks)),
@@ -98,6 +100,7 @@ def _time_table(console: Console, prediction: Prediction) -> None:
 
 
 def show_search(console: Console, setting: Setting, found: Sequence[Prediction]) -> None:
+    """Print the layouts that a search found, the best one first, and advice on that one."""
     table = Table(title="best layouts, each built whole", title_justify="left")
     for name in ("", "TP", "CP", "PP", "virtual", "DP", "recompute", "row", "micro-batches", "GiB", "s/step", "bubble",
                  "tokens/s", "MFU"):  # fmt: skip
@@ -118,7 +121,7 @@ def show_search(console: Console, setting: Setting, found: Sequence[Prediction])
 
 
 def show_rank(console: Console, job: Job, rank: int, stage: Stage) -> None:
-    """A dry run of one rank."""
+    """Print a dry run of one rank."""
     layout = job.parallel
     sizes = {
         "tensor": layout.tensor,
@@ -144,13 +147,14 @@ def show_rank(console: Console, job: Job, rank: int, stage: Stage) -> None:
 
 
 def show_assumptions(console: Console, setting: Setting) -> None:
+    """Print that this is a prediction, and what it assumes."""
     console.print(f"\n{WARNING}")
     for line in setting.assumptions.lines():
         console.print(f"  - {line}")
 
 
 def closing_line(prediction: Prediction) -> str:
-    """`key=value` of one layout."""
+    """Return the prediction of one layout as `key=value`, for a program to read."""
     fullest = prediction.fullest
     return (
         f"fits={str(prediction.fits).lower()} gib={fullest.total / GIB:.2f} dominant={fullest.dominant} "
@@ -160,4 +164,5 @@ def closing_line(prediction: Prediction) -> str:
 
 
 def describe_layout(prediction: Prediction, recipe: Recipe) -> str:
+    """Return the layout as `key=value`, in one line."""
     return " ".join(as_overrides(prediction, recipe))

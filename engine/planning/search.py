@@ -1,8 +1,8 @@
-"""The best layouts for a cluster: every layout the engine accepts, predicted, and the winners really built.
+"""Finds the best layouts for a cluster: predicts every layout the engine accepts, and builds the best ones.
 
 Building each of hundreds of layouts would take minutes. So for each way of splitting and recomputing a layer, models
 of one and two layers are built and measured as a first, a middle, a last and an only stage, and a layout's stages are
-composed of them: layers add up. What is shown has been built whole.
+composed of them, since the cost of layers adds up. Every layout that is shown has been built whole.
 """
 
 from __future__ import annotations
@@ -24,17 +24,30 @@ from silva.engine.planning.step_time import copies
 from silva.engine.recipe.schema import Parallel
 
 Recompute = Literal["none", "selective", "full"]
-MOST_CHUNKS = 8  # of an interleaved stage
-# a row's tokens on one process: with fewer, more pipeline stages or data-parallel copies are as good and send less
+# an interleaved stage has at most this many chunks
+MOST_CHUNKS = 8
+# One process has at least this many tokens of a row: with fewer, more pipeline stages or data-parallel copies are as
+# good and send less.
 FEWEST_TOKENS = 8192
-LARGEST_CLUSTER = 4096  # looked at for the smallest that fits
+# the search for the smallest cluster that fits ends at this number of GPUs
+LARGEST_CLUSTER = 4096
 
-Way = tuple[int, int, Recompute, int]  # tensor- and context-parallel size, recomputation, row length
+# tensor- and context-parallel size, recomputation, row length
+Way = tuple[int, int, Recompute, int]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Chunks of one layer and of two, of one way of splitting and recomputing."""
+    """Holds measured chunks of one way of splitting and recomputing a layer.
+
+    Attributes:
+        only: one layer, as the whole model.
+        first: one layer, as the first of several stages.
+        middle: one layer, as a stage between others.
+        middle_of_two: two layers, as a stage between others.
+        last: one layer, as the last of several stages.
+        buffers: bytes of megatron-core's own buffers, the largest of all measured stages.
+    """
 
     only: Chunk
     first: Chunk
@@ -48,7 +61,16 @@ Probes = dict[Way, Probe]
 
 
 def search(setting: Setting, probes: Probes, top: int) -> list[Prediction]:
-    """The fastest layouts that fit, fastest first, at most `top` ways of splitting the model; each built whole."""
+    """Find the fastest layouts that fit, and build each of them whole.
+
+    Args:
+        setting: what the plan is made for.
+        probes: of `measure_layers`.
+        top: how many layouts to return at most.
+
+    Returns:
+        Predictions, the fastest first: one for each way of splitting the model (tensor, context and pipeline size).
+    """
     best: dict[tuple[int, int, int], Prediction] = {}
     for each in sorted(_candidates(setting, probes), key=lambda each: each.time.total):
         layout = each.job.parallel
@@ -58,13 +80,24 @@ def search(setting: Setting, probes: Probes, top: int) -> list[Prediction]:
         if len(found) == top:
             break
         whole = predict(setting, candidate.job, build_stages(candidate.job))
-        if whole.fits:  # a composed stage is a little smaller than a built one: padding of buffers
+        # a composed stage that fits may not fit when built, which adds the padding of buffers
+        if whole.fits:
             found.append(whole)
     return sorted(found, key=lambda each: each.time.total)
 
 
 def smallest_cluster(setting: Setting, probes: Probes) -> int | None:
-    """The fewest GPUs, from the setting's on and in whole nodes beyond the first, on which some layout fits."""
+    """Find the smallest number of GPUs on which some layout fits.
+
+    The setting's number is tried first. It is doubled up to a whole node, and then grows by whole nodes.
+
+    Args:
+        setting: what the plan is made for.
+        probes: of `measure_layers`.
+
+    Returns:
+        The number of GPUs; None if it would exceed `LARGEST_CLUSTER`.
+    """
     count = setting.gpus
     while count <= LARGEST_CLUSTER:
         if next(_candidates(replace(setting, gpus=count), probes), None) is not None:
@@ -77,13 +110,13 @@ def smallest_cluster(setting: Setting, probes: Probes) -> int | None:
 
 
 def contexts(setting: Setting) -> list[int]:
-    """Context-parallel sizes: powers of two, while every process has tokens enough of a row."""
+    """Return the context-parallel sizes: powers of two that leave every process enough tokens of a row."""
     longest = setting.recipe.data.row_length // FEWEST_TOKENS
     return [2**n for n in range(max(longest, 1).bit_length())]
 
 
 def layouts(setting: Setting) -> Iterator[Parallel]:
-    """Every layout the engine accepts on this many GPUs, tensor parallelism within a node."""
+    """Yield every layout the engine accepts on the setting's GPUs, with tensor parallelism within a node."""
     shape, gpus = setting.shape, setting.gpus
     for tensor in _tensors(setting):
         for context in contexts(setting):
@@ -101,8 +134,8 @@ def layouts(setting: Setting) -> Iterator[Parallel]:
 
 
 def _tensors(setting: Setting) -> list[int]:
-    """Tensor-parallel sizes: powers of two within a node."""
-    return [2**n for n in range(setting.gpu.per_node.bit_length()) if 2**n <= setting.gpu.per_node]
+    """Return the tensor-parallel sizes: powers of two within a node."""
+    return [2**n for n in range(setting.gpu.per_node.bit_length())]
 
 
 def _layout(
@@ -113,22 +146,23 @@ def _layout(
         pipeline=pipeline,
         virtual_pipeline=virtual,
         context=context,
-        sequence_parallel=tensor > 1,  # saves activations and sends no more
+        # saves activations and sends no more
+        sequence_parallel=tensor > 1,
         overlap=gpus > tensor * pipeline * context,
         recompute=recompute,
     )
 
 
 def _cut(layout: Parallel, layers: int) -> Parallel:
-    """With `stage_layers` where stages cannot be equal: fewer at the ends, which have the embedding and the head.
+    """Add `stage_layers` where stages cannot be equal: fewer at the ends, which have the embedding and the head.
 
-    Interleaved stages stay equal: lists of a number for each chunk gain a percent, and nobody wants to read them.
+    Interleaved stages stay equal: a list with a number for each chunk gains one percent and is hard to read.
     """
     stages = layout.pipeline
     each, more = divmod(layers, stages)
     if not more or not each or layout.virtual_pipeline is not None:
         return layout
-    # the middle ones first, from there outwards
+    # the middle stages get one layer more first, then those around them
     order = sorted(range(stages), key=lambda place: (abs(2 * place - stages + 1), place))
     extra = set(order[:more])
     return layout.model_copy(update={"stage_layers": [each + (place in extra) for place in range(stages)]})
@@ -143,14 +177,14 @@ def _accepted(setting: Setting, layout: Parallel) -> bool:
 
 
 def _row_lengths(setting: Setting) -> list[int]:
-    """The recipe's, and its half where every sequence still fits: twice as many micro-batches."""
+    """Return the recipe's row length, and half of it where every sequence still fits: twice as many micro-batches."""
     data = setting.recipe.data
     half = data.row_length // 2
     return [data.row_length, *([half] if half >= (data.max_length or data.row_length) else [])]
 
 
 def _candidates(setting: Setting, probes: Probes) -> Iterator[Prediction]:
-    """What fits of all layouts and row lengths."""
+    """Yield the predictions of all layouts and row lengths that fit."""
     for layout in layouts(setting):
         for row_length in _row_lengths(setting):
             probe = probes[layout.tensor, layout.context, layout.recompute, row_length]
@@ -165,7 +199,7 @@ def _candidates(setting: Setting, probes: Probes) -> Iterator[Prediction]:
 
 
 def measure_layers(setting: Setting) -> Probes:
-    """Of every way of splitting and recomputing a layer, for any number of GPUs."""
+    """Measure every way of splitting and recomputing a layer; the result holds for any number of GPUs."""
     tensors = [n for n in _tensors(setting) if _accepted(setting, Parallel(tensor=n))]
     ways: list[Way] = [
         (n, context, recompute, row)
@@ -193,7 +227,7 @@ def _probe(setting: Setting, tensor: int, context: int, recompute: Recompute, ro
 
 
 def _compose(probe: Probe, job: Job, place: int) -> Stage:
-    """A stage of any number of layers."""
+    """Compose a stage of any number of layers."""
     layout = job.parallel
     count = layout.virtual_pipeline or 1
     layers = gpt.stage_layers(job.shape, layout)
@@ -203,7 +237,8 @@ def _compose(probe: Probe, job: Job, place: int) -> Stage:
         base = {(True, True): probe.only, (True, False): probe.first, (False, True): probe.last}
         chunks.append(_grow(probe, base.get(ends, probe.middle), layers[index * layout.pipeline + place]))
     elements = sum(chunk.parameters for chunk in chunks)
-    narrow = job.dtype.itemsize == 2  # then gradients and main weights are wider than the model's
+    # of a model in 16 bits, gradients and main weights are wider than its own weights
+    narrow = job.dtype.itemsize == 2
     owned = elements / copies(job)
     state, shape = 12 if narrow else 8, job.shape
     on_gpu, host = owned, 0.0
@@ -221,7 +256,7 @@ def _compose(probe: Probe, job: Job, place: int) -> Stage:
 
 
 def _grow(probe: Probe, base: Chunk, layers: int) -> Chunk:
-    """`base`, of one layer, with `layers`."""
+    """Return the chunk that `base`, of one layer, is with `layers`."""
     one, two = probe.middle, probe.middle_of_two
     more = layers - 1
 

@@ -1,7 +1,7 @@
-"""Seconds of one optimizer step, from what the built modules cost and a hardware table.
+"""Computes the seconds of one optimizer step from what the built modules cost and a hardware table.
 
-Sources of the pipeline's and the optimizer's figures: 1F1B and its bubble, arXiv 2104.04473; rings, each GPU sending
-(n - 1) / n of the whole per gather or scatter.
+The pipeline's figures, 1F1B and its bubble, are those of arXiv 2104.04473. Collectives are rings, in which each GPU
+sends (n - 1) / n of the whole per gather or scatter.
 """
 
 from __future__ import annotations
@@ -16,14 +16,31 @@ from silva.engine.planning.hardware import Assumptions, Gpu
 from silva.engine.planning.memory import exchanged_bytes
 from silva.engine.planning.meter import Cost
 
-# AdamW over float32 main weights reads gradient, weight and both moments and writes the last three; the norm and
-# clipping read the gradient twice and write it once
+# Bytes per parameter. AdamW over float32 main weights reads gradient, weight and both moments and writes the last
+# three; the norm and clipping read the gradient twice and write it once.
 OPTIMIZER_BYTES = 40
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, on the slowest stage, by what they are spent on; they add up to `total`."""
+    """Holds the seconds of one step on the slowest stage, by what they are spent on; they add up to `total`.
+
+    Attributes:
+        products: seconds of matrix products.
+        attention: seconds of the attention kernels.
+        elementwise: seconds of operations that only move bytes.
+        tensor_parallel: seconds of the tensor-parallel processes' collectives.
+        context_parallel: seconds of the context-parallel processes' collectives.
+        pipeline_sends: seconds of sending tensors between stages.
+        bubble: seconds in which the pipeline fills and empties.
+        gradients_and_weights: seconds of reducing gradients and gathering weights over data-parallel ranks, as far as
+            no computation hides them.
+        optimizer: seconds of the optimizer, transfers of offloaded state included.
+        rows: of the global batch.
+        micro_batches: per replica.
+        tokens: unique ones of all rows.
+        PARTS: names of the parts that add up to `total`.
+    """
 
     products: float
     attention: float
@@ -32,11 +49,11 @@ class StepTime:
     context_parallel: float
     pipeline_sends: float
     bubble: float
-    gradients_and_weights: float  # reduced and gathered over data-parallel ranks, where nothing hides it
+    gradients_and_weights: float
     optimizer: float
-    rows: int  # of the global batch
-    micro_batches: int  # per replica
-    tokens: float  # unique, of all rows
+    rows: int
+    micro_batches: int
+    tokens: float
 
     PARTS = (
         "products",
@@ -52,46 +69,68 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Return the seconds of the whole step."""
         return sum(getattr(self, part) for part in self.PARTS)
 
     @property
     def tokens_per_second(self) -> float:
+        """Return the unique tokens per second."""
         return self.tokens / self.total
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a step passes through the layout."""
+    """Holds what a step passes through the layout.
+
+    Attributes:
+        rows: of the global batch.
+        tokens: unique ones of all rows.
+        depth: keys a token sees on average, without a window.
+        scored: scored positions of all rows.
+        extra_forward: whether the step includes KTO's forward-only pass over as many rows.
+    """
 
     rows: int
     tokens: float
-    depth: float  # keys a token sees on average, without a window
-    scored: float  # scored positions, of all rows
-    extra_forward: bool = False  # KTO's forward-only pass over as many rows
+    depth: float
+    scored: float
+    extra_forward: bool = False
 
 
 def replicas(job: Job) -> int:
+    """Return the data-parallel size."""
     layout = job.parallel
     return job.world // (layout.tensor * layout.pipeline * layout.context)
 
 
 def copies(job: Job) -> int:
-    """Processes that hold the same slice of the model and sum its gradients: data and context parallelism."""
+    """Count the processes that hold the same slice of the model and sum its gradients.
+
+    They are those of data and of context parallelism.
+    """
     return replicas(job) * job.parallel.context
 
 
 def micro_batches(job: Job, rows: int) -> int:
-    """Rows per replica; interleaved pipelines take them by the number of stages.
+    """Count the rows per replica; interleaved pipelines take a multiple of the number of stages.
 
-    Empty rows that make up the number are cheap to compute, but a chunk's next round begins when the first row
-    has passed all stages: they cost what full ones would.
+    Empty rows that fill up the number are cheap to compute, but a chunk's next round begins when the first row has
+    passed all stages, so they cost what full rows would.
     """
     multiple = job.parallel.pipeline if job.parallel.virtual_pipeline else 1
     return math.ceil(rows / (replicas(job) * multiple)) * multiple
 
 
 def step_time(job: Job, stages: Sequence[Stage], load: Load, gpu: Gpu, assumptions: Assumptions) -> StepTime:
-    """Stages in pipeline order; all replicas alike."""
+    """Compute the time of a step; all replicas are taken to have equal work.
+
+    Args:
+        job: what the stages belong to.
+        stages: in pipeline order.
+        load: what a step passes through them.
+        gpu: the hardware.
+        assumptions: the shares of its peaks that are reached.
+    """
     count, layout = micro_batches(job, load.rows), job.parallel
     chunks = layout.virtual_pipeline or 1
     passes = [_micro_batch(job, stage, load, gpu, assumptions) for stage in stages]
@@ -128,7 +167,7 @@ def step_time(job: Job, stages: Sequence[Stage], load: Load, gpu: Gpu, assumptio
 def _micro_batch(
     job: Job, stage: Stage, load: Load, gpu: Gpu, assumptions: Assumptions
 ) -> tuple[list[float], list[float]]:
-    """Seconds of (products, attention, elementwise, tensor-, context-parallel), forward and backward."""
+    """Compute the seconds of (products, attention, elementwise, tensor-, context-parallel), forward and backward."""
     shape, tensor = job.shape, job.parallel.tensor
     pairs = job.row_length * seen_keys(job, load)
     area = 4 * shape.heads * shape.head_dim * pairs / (tensor * job.parallel.context)
@@ -139,7 +178,8 @@ def _micro_batch(
 
     def seconds(cost: Cost) -> list[float]:
         attention = cost.attention / assumptions.attention
-        attention += 2.5 * cost.attention_backward / assumptions.attention_backward  # five products, not two
+        # the backward pass has five products, the forward pass two
+        attention += 2.5 * cost.attention_backward / assumptions.attention_backward
         return [
             cost.flops / (gpu.flops * assumptions.products),
             area * attention / gpu.flops,
@@ -157,13 +197,20 @@ def _micro_batch(
 def _data_parallel(
     job: Job, stage: Stage, passes: tuple[list[float], list[float]], gpu: Gpu, assumptions: Assumptions
 ) -> float:
-    """Seconds of reducing gradients and gathering weights that nothing hides; `passes`: of one micro-batch."""
+    """Compute the seconds of reducing gradients and gathering weights that no computation hides.
+
+    Args:
+        job: what the stage belongs to.
+        stage: the one with the most parameters.
+        passes: seconds of one micro-batch, of `_micro_batch`.
+        gpu: the hardware.
+        assumptions: the shares of its peaks that are reached.
+    """
     size, layout = copies(job), job.parallel
     if size == 1:
         return 0.0
-    together = max(
-        1, gpu.per_node // layout.tensor
-    )  # ranks of one group on a node, which share their adapters
+    # the ranks of one group on a node share their network adapters
+    together = max(1, gpu.per_node // layout.tensor)
     link = gpu.nvlink if size <= together else min(gpu.nvlink, gpu.network * together)
     ring = (size - 1) / size / (link * assumptions.links)
     reduce, gather = ring * stage.gradients, ring * stage.parameters
@@ -179,9 +226,10 @@ def _data_parallel(
 def _optimizer(job: Job, stage: Stage, gpu: Gpu, assumptions: Assumptions) -> float:
     elements = sum(chunk.parameters for chunk in stage.chunks)
     owned = elements / copies(job) if job.parallel.distributed_optimizer else elements
-    # and the gradient buffer is filled with zeros
+    # the gradient buffer is also filled with zeros
     seconds = (OPTIMIZER_BYTES * owned + stage.gradients) / (gpu.bandwidth * assumptions.memory)
-    if job.parallel.offload_optimizer:  # in, then out
+    if job.parallel.offload_optimizer:
+        # the state comes from the host's memory and goes back to it
         seconds += 2 * stage.host / (gpu.host * assumptions.links)
     return seconds
 
@@ -193,5 +241,5 @@ def model_flops(job: Job, load: Load) -> float:
 
 
 def seen_keys(job: Job, load: Load) -> float:
-    """Return the keys a token sees on average, within the attention's window."""
+    """Return the number of keys that a token sees on average, within the attention's window."""
     return min(load.depth, job.shape.window) if job.shape.window else load.depth

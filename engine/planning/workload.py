@@ -1,4 +1,4 @@
-"""What one optimizer step has to compute: tokens per unit of the global batch, as trees and unrolled."""
+"""Determines what one optimizer step has to compute: tokens per unit of the global batch, as trees and unrolled."""
 
 from __future__ import annotations
 
@@ -12,33 +12,54 @@ from silva.engine.errors import UserError
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.recipe.schema import Recipe
 
-SEQUENCE_LENGTH = 1024  # assumed where no data is given, if the recipe allows sequences as long
+# tokens of a sequence, assumed where no data is given and the recipe allows sequences as long
+SEQUENCE_LENGTH = 1024
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A unit is what `training.global_batch` counts: a comparison, or a sequence for sft."""
+    """Holds the work of one unit, which is what `training.global_batch` counts: a comparison, or a sequence for sft.
 
-    unrolled: float  # tokens of a unit's sequences, each alone
-    unique: float  # tokens of a unit's share of its tree
-    depth: float  # keys that a token sees on average, itself included
-    scored: float  # scored positions of a unit's share of its tree
+    Attributes:
+        unrolled: tokens of a unit's sequences, each alone.
+        unique: tokens of a unit's share of its tree.
+        depth: keys that a token sees on average, itself included.
+        scored: scored positions of a unit's share of its tree.
+        source: where the numbers come from, for a reader of the plan.
+    """
+
+    unrolled: float
+    unique: float
+    depth: float
+    scored: float
     source: str
 
     @property
     def sharing(self) -> float:
+        """Return the ratio of unique to unrolled tokens."""
         return self.unique / self.unrolled
 
     def rows(self, units: int, row_length: int, fill: float) -> int:
-        """Packed rows of a global batch."""
+        """Return the number of packed rows of a global batch.
+
+        Args:
+            units: of the global batch.
+            row_length: tokens of a row.
+            fill: share of a row that is not padding.
+        """
         return max(1, math.ceil(units * self.unique / (row_length * fill)))
 
 
 def assumed(recipe: Recipe, *, length: int | None, ratio: float | None) -> Workload:
-    """From a mean sequence length and a ratio of unique to unrolled tokens.
+    """Estimate the workload from a mean sequence length and a ratio of unique to unrolled tokens.
 
-    The mean depth is length x (1 - ratio / 2): half the length without sharing, and with it nearer to the whole,
-    because it is the shallow tokens that are shared.
+    The mean depth is length x (1 - ratio / 2): half the length without sharing. With sharing it is nearer to the whole
+    length, because the shared tokens are the shallow ones.
+
+    Args:
+        recipe: of the run.
+        length: tokens of a sequence; None: `SEQUENCE_LENGTH`, or less where the recipe allows less.
+        ratio: unique tokens per unrolled token; None: 1, where nothing is shared.
     """
     length = length or min(SEQUENCE_LENGTH, recipe.data.max_length or recipe.data.row_length)
     ratio = ratio or 1.0
@@ -53,10 +74,14 @@ def assumed(recipe: Recipe, *, length: int | None, ratio: float | None) -> Workl
 
 
 def of_data(recipe: Recipe, folder: Path) -> Workload:
-    """From tokenized data: a run's data cache, or one source's folder in it.
+    """Measure the workload on tokenized data.
+
+    Args:
+        recipe: of the run.
+        folder: a run's data cache, or one source's folder in it.
 
     Raises:
-        UserError: no tokenized data is there, or nothing of the recipe's unit is in it.
+        UserError: the folder holds no tokenized data, or nothing of the recipe's unit.
     """
     unrolled = unique = depth = scored = units = 0
     for path in sorted(folder.rglob("*.arrow")):
@@ -79,5 +104,5 @@ def of_data(recipe: Recipe, folder: Path) -> Workload:
 
 
 def _sequences(recipe: Recipe) -> int:
-    """Sequences in a unit."""
+    """Return the number of sequences in a unit."""
     return 2 if OBJECTIVES[recipe.objective.name].pairwise else 1

@@ -1,6 +1,6 @@
 """Reads recipe files: YAML, `base` inheritance and `key.path=value` overrides, before any check of the keys.
 
-The result is plain nested dicts and lists, and for every key where it was set, so that an error can name it.
+The result is plain nested dicts and lists, with a record of where every key was set, so that an error can name it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,27 @@ PACKAGED = Path(__file__).resolve().parents[2] / "recipes"
 COMMAND_LINE = "command line"
 
 Key = tuple[str | int, ...]
-Origins = dict[Key, str]  # the file, or the command line, that set a key
+# the file, or the command line, that set a key
+Origins = dict[Key, str]
 
 
 def packaged() -> list[str]:
-    """The names of the packaged recipes that run as they are (`*-base` is only inherited from)."""
+    """Return the names of the packaged recipes that can be run (`*-base` recipes are only inherited from)."""
     return sorted(path.stem for path in PACKAGED.glob("*.yaml") if not path.stem.endswith("-base"))
 
 
 def read(path_or_name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins, Path]:
-    """A recipe merged over its bases, with the overrides set: the keys, where each was set, and its file.
+    """Read a recipe, merge it over its bases and set the overrides.
 
-    Raises UserError for a file that is missing or no YAML, bases in a circle, an override that leads nowhere.
+    Args:
+        path_or_name: a recipe file, or the name of a packaged recipe.
+        overrides: each `key.path=value`.
+
+    Returns:
+        The keys, where each was set, and the recipe's file.
+
+    Raises:
+        UserError: a file is missing or no YAML, the bases form a circle, or an override names a key that cannot exist.
     """
     file = _locate(path_or_name, Path(), asker="")
     origins: Origins = {}
@@ -43,12 +52,12 @@ def read(path_or_name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], O
 
 
 def to_yaml(keys: dict[str, Any]) -> str:
-    """YAML that `read` reads back as the same keys, in the order given."""
+    """Write keys as YAML, in the order given; `read` reads it back as the same keys."""
     return yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def show(value: object) -> str:
-    """A value for an error: on one line, at most 80 characters."""
+    """Return a value as text for an error: on one line, at most 80 characters."""
     text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -57,9 +66,18 @@ def show(value: object) -> str:
 
 
 def _locate(name: str, folder: Path, asker: str) -> Path:
-    """The file of a recipe argument or a `base`: a path relative to `folder`, or a packaged recipe's name.
+    """Find the file of a recipe argument or of a `base`.
 
-    asker: what stands before the name in an error: which file's `base` it is.
+    Args:
+        name: a path relative to `folder`, or a packaged recipe's name.
+        folder: of the file that names it.
+        asker: what comes before the name in an error, such as the file whose `base` it is.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: there is no such file.
     """
     is_path = name.endswith((".yaml", ".yml")) or os.sep in name
     file = folder / name if is_path else PACKAGED / f"{name}.yaml"
@@ -72,7 +90,7 @@ def _locate(name: str, folder: Path, asker: str) -> Path:
 
 
 def _read(file: Path, origins: Origins, chain: tuple[str, ...]) -> dict[str, Any]:
-    """One file merged over its bases; `chain` holds the files on the way here."""
+    """Read one file and merge it over its bases; `chain` holds the files whose bases led here."""
     chain = (*chain, os.path.realpath(file))
     if chain[-1] in chain[:-1]:
         names = " -> ".join(os.path.basename(link) for link in chain[chain.index(chain[-1]) :])
@@ -98,9 +116,9 @@ def _read(file: Path, origins: Origins, chain: tuple[str, ...]) -> dict[str, Any
 
 
 def _resolve(raw: dict[str, Any], file: Path) -> None:
-    """Makes inputs that start with "./" or "../" absolute, relative to the file that states them, in place.
+    """Make inputs that start with "./" or "../" absolute, relative to the file that states them, in place.
 
-    Sections of a wrong type are left for the checks to refuse.
+    Sections of a wrong type are left as they are, and refused by later checks.
     """
     folder = os.path.dirname(os.path.abspath(file))
 
@@ -124,7 +142,7 @@ def _resolve(raw: dict[str, Any], file: Path) -> None:
 def _merge(
     under: dict[str, Any], over: dict[str, Any], origin: str, origins: Origins, at: Key
 ) -> dict[str, Any]:
-    """`over` on top of `under`: dicts are merged key by key, anything else is replaced."""
+    """Merge `over` over `under`: dicts are merged key by key, anything else is replaced."""
     merged = dict(under)
     for name, value in over.items():
         key = (*at, name)
@@ -137,7 +155,7 @@ def _merge(
 
 
 def _record(origins: Origins, key: Key, origin: str) -> None:
-    """`origin` set `key` whole: whatever was recorded inside it is gone."""
+    """Record that `origin` set all of `key`, and drop what was recorded for keys inside it."""
     for stale in [other for other in origins if other[: len(key)] == key]:
         del origins[stale]
     origins[key] = origin
@@ -147,7 +165,7 @@ def _record(origins: Origins, key: Key, origin: str) -> None:
 
 
 def _override(raw: dict[str, Any], text: str, origins: Origins) -> None:
-    """Sets one `key.path=value` in `raw`; the value, read as YAML, replaces what was there."""
+    """Set one `key.path=value` in `raw`; the value, read as YAML, replaces what was there."""
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
         raise UserError(f"{COMMAND_LINE}: {text}: this is no `key.path=value`; e.g. training.max_steps=20")
@@ -172,13 +190,13 @@ def _override(raw: dict[str, Any], text: str, origins: Origins) -> None:
 
 
 def _step(node: Any, part: str, at: Key, name: str) -> str | int:
-    """The dict key or list index that one `part` of the override `name` means in `node`, found at `at`."""
+    """Return the dict key or list index that one `part` of the override `name` means in `node`, found at `at`."""
     here = ".".join(map(str, at))
     if not isinstance(node, dict | list):
         raise UserError(f"{COMMAND_LINE}: {name}: {here} is {show(node)}, which has no keys of its own")
     if isinstance(node, dict) and (node or not part.isdigit()):
         return part
-    # A list, or nothing yet where an index asks for one.
+    # the node is a list, or it is empty and the part is an index
     if part.isdigit() and int(part) < len(node):
         return int(part)
     allowed = f"0 to {len(node) - 1}" if node else f"none, it is empty; set it whole: '{here}=[{{...}}]'"
@@ -195,18 +213,21 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's scalars: 5e-7 is a number, `no` and `on` are words, 1:30 is text.
+    """Loads YAML as PyYAML's safe loader does, but with the scalars of YAML 1.2.
 
-    Repeated keys are errors (PyYAML keeps the last), and so are aliases (a recipe has `base` for that).
+    So 5e-7 is a number, `no` and `on` are words, and 1:30 is text. Repeated keys are errors (PyYAML keeps the last
+    one), and so are aliases (a recipe has `base` for that).
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse aliases."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) have no place in a recipe", mark)
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed in a recipe", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse repeated keys."""
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -217,11 +238,12 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML version would read as something else than text."""
+    """Quotes text that either version of YAML would read as something else."""
 
 
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
+# drops those of YAML 1.1
+_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),

@@ -1,12 +1,12 @@
-"""Loads recipes: one YAML file says everything about a run, typed and checked before anything is loaded.
+"""Loads recipes: one YAML file says everything about a run, and is validated before anything else is loaded.
 
     recipe = load("mini-sft", ["training.max_steps=20"])
 
 A recipe may name a `base` (a file relative to it, or a packaged recipe's bare name) and then states only what differs:
-sections are merged key by key, lists are replaced whole. On the command line `key.path=value` sets one key, with the
-value read as YAML and list entries named by index (`data.train.0.limit=100`).
+sections are merged key by key, lists are replaced as a whole. On the command line `key.path=value` sets one key; the
+value is read as YAML, and list entries are named by their index (`data.train.0.limit=100`).
 
-What a user can get wrong ends in one `UserError` line: the file, the key, what was found, what is allowed.
+A user's mistake ends in one `UserError` line: the file, the key, what was found, what is allowed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,20 @@ from silva.engine.recipe.schema import Data, Objective, Recipe, Section
 
 
 def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe in a file, or the packaged one of that bare name, with `key.path=value` overrides.
+    """Load a recipe and validate it.
 
-    Inputs (model, tokenizer, template, reference, data) that start with "./" or "../" in a file are relative
-    to that file; everything else, outputs and overrides included, is as given. Raises UserError for anything
-    that is wrong.
+    Inputs (model, tokenizer, template, reference, data) that start with "./" or "../" in a file are relative to that
+    file; all other paths, outputs and overrides included, stay as they are given.
+
+    Args:
+        path_or_name: a recipe file, or the bare name of a packaged recipe.
+        overrides: each `key.path=value`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UserError: anything in it is wrong.
     """
     raw, origins, file = read(path_or_name, overrides)
 
@@ -52,7 +61,7 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _impossible(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """What the types cannot say, as (key, problem)."""
+    """Yield (key, problem) for what the types cannot check."""
     yield from _objective_problems(recipe.objective, recipe.data)
     yield from ((("parallel", key), problem) for key, problem in recipe.parallel.problems())
     data, training = recipe.data, recipe.training
@@ -119,8 +128,8 @@ def _objective_problems(objective: Objective, data: Data) -> Iterator[tuple[Key,
 
 
 def _explain(error: ValidationError) -> tuple[Key, str]:
-    """The key and the problem of the first of pydantic's errors, in our words."""
-    # A misspelt key often leaves a required one missing: name the misspelling.
+    """Return the key and the problem of one of pydantic's errors, in our words."""
+    # a misspelt key often leaves a required one missing; the misspelling is then the error to name
     problems = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
     first = problems[0]
     key: Key = first["loc"]
@@ -136,7 +145,7 @@ def _explain(error: ValidationError) -> tuple[Key, str]:
 
 
 def _section(key: Key) -> type[Section]:
-    """The section a key path leads to."""
+    """Return the section that a key path leads to."""
     section: type[Section] = Recipe
     for name in key:
         if isinstance(name, str):
@@ -146,7 +155,7 @@ def _section(key: Key) -> type[Section]:
 
 
 def _nearest(name: str, allowed: Sequence[str]) -> str:
-    """'; did you mean ...?', from the keys here or, for a key at the wrong place, from any section."""
+    """Return "; did you mean ...?" with a key of this section or, for a key in the wrong place, of another one."""
     near = difflib.get_close_matches(name, allowed, n=1)
     if not near:
         for outer, field in Recipe.model_fields.items():

@@ -14,7 +14,8 @@ from silva.engine.objectives import OBJECTIVES
 from silva.engine.recipe.file import to_yaml
 
 Name = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]  # at least one
+# at least one
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Number = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -24,7 +25,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """Refuses a string for a number, a bool for an integer, and unknown keys; frozen once checked."""
+    """Refuses a string for a number, a bool for an integer, and unknown keys; does not change once it is validated."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -38,34 +39,53 @@ def _known_objective(name: str) -> str:
 
 
 class Objective(Section):
-    """What is minimised. The loss that `name` says reads some of the keys; the others keep their defaults."""
+    """Says what is minimised.
+
+    The loss `name` reads some of the other keys; the rest keep their defaults.
+    """
 
     name: Annotated[str, AfterValidator(_known_objective)]
-    beta: Positive = 0.1  # orpo: its paper's lambda; simpo: its paper uses 2 to 10
+    # the lambda of ORPO's paper; SimPO's paper uses 2 to 10
+    beta: Positive = 0.1
     lambda_desirable: NonNegative = 1.0
     lambda_undesirable: NonNegative = 1.0
-    ipo_average: bool = True  # log-ratios as means per token (TRL, HALOs); false: as sums
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # the share of flipped labels cdpo assumes
-    gamma: NonNegative = 0.5  # simpo's target margin
-    margin: NonNegative = 0.0  # bt_margin's
+    # true: log-ratios are means per token, as in TRL and HALOs; false: they are sums
+    ipo_average: bool = True
+    # the share of flipped labels that cdpo assumes
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    # the target margin of simpo
+    gamma: NonNegative = 0.5
+    # the margin of bt_margin
+    margin: NonNegative = 0.0
 
 
 class Model(Section):
-    path: Name  # a Hugging Face folder, or a hub name
+    """Says which checkpoint training starts from, and how it is computed."""
+
+    # a Hugging Face folder, or a hub name
+    path: Name
     dtype: Dtype = "bfloat16"
-    attention: Literal["tree", "flash"] = "tree"  # flash: FlashAttention for rows without a branching tree
+    # flash: FlashAttention for rows without a branching tree
+    attention: Literal["tree", "flash"] = "tree"
 
 
 class Tokenizer(Section):
-    path: Name | None = None  # None: model.path
-    # None: the tokenizer's own. Else "eurus", the path of a .jinja file, or the template itself.
+    """Says how text becomes tokens."""
+
+    # None: model.path
+    path: Name | None = None
+    # None: the tokenizer's own; otherwise "eurus", the path of a .jinja file, or the template itself
     chat_template: Name | None = None
-    add_bos: bool | None = None  # None: as the tokenizer's own configuration says
+    # None: as the tokenizer's own configuration says
+    add_bos: bool | None = None
     append_eos: bool = True
 
 
 class Source(Section):
-    path: Name  # a data file, a folder of them, a saved `datasets` folder, or a hub name
+    """Names one source of training or validation data."""
+
+    # a data file, a folder of them, a saved `datasets` folder, or a hub name
+    path: Name
     format: Literal[
         "ultrainteract_sft",
         "ultrainteract_pair",
@@ -82,88 +102,123 @@ class Source(Section):
         "oasst",
     ]
     split: Name = "train"
-    limit: Count | None = None  # rows, from the first on
-    # How much of it an epoch takes, drawn by the seed: so many sequences (comparisons), or a multiple of all
+    # the first rows that are read; None: all
+    limit: Count | None = None
+    # How much of the source an epoch takes, drawn by the seed: `count` sequences (or comparisons), or else `weight`
+    # times all of them.
     count: Count | None = None
     weight: Positive = 1.0
-    absolute: bool = False  # the comparisons get bt_dr's absolute-reward term
-    single_turn_pairs: bool = (
-        False  # ultrainteract_pair: also actions of different turns (Eurus' reward model)
-    )
-    single_turn_seed: Number = 0  # of the draw, where an instruction has more of them than are taken
-    columns: dict[str, str] = {}  # the format's name of a field: this source's name of it
+    # whether the comparisons get the absolute-reward term of bt_dr
+    absolute: bool = False
+    # whether ultrainteract_pair also compares actions of different turns (as for Eurus' reward model)
+    single_turn_pairs: bool = False
+    # seed of the draw if an instruction has more of these comparisons than are taken
+    single_turn_seed: Number = 0
+    # from the format's name of a field to this source's name of it
+    columns: dict[str, str] = {}
 
 
 class EvaluationSet(Section):
-    path: Name  # anything a source's path may be
+    """Names one test set."""
+
+    # whatever a source's path may be
+    path: Name
     split: Name = "test"
-    fields: Annotated[list[Name], Field(min_length=1)]  # together the text of a row, in this order
+    # the fields that, in this order, make up the text of a row
+    fields: Annotated[list[Name], Field(min_length=1)]
 
 
 class Decontaminate(Section):
-    """Training instructions that occur in a test set are left out, with everything that answers them."""
+    """Says how to find training instructions that occur in a test set.
+
+    They are left out, with everything that answers them.
+    """
 
     against: Annotated[list[EvaluationSet], Field(min_length=1)]
-    mode: Literal["ngram", "substring"] = "ngram"  # shares an n-gram of words; contains a whole test text
-    ngram: Count = 8  # words; read in mode ngram
+    # ngram: the instruction shares an n-gram of words with a test text; substring: it contains a whole test text
+    mode: Literal["ngram", "substring"] = "ngram"
+    # number of words; read in mode ngram
+    ngram: Count = 8
 
 
 class Data(Section):
+    """Says what data a run reads, and how."""
+
     train: Annotated[list[Source], Field(min_length=1)]
     validation: list[Source] = []
-    validation_fraction: BelowOne = 0.0  # of the groups, held out of `train`
-    score: Literal["last", "all"] = "last"  # which assistant messages are scored
+    # share of the groups that is held out of `train`
+    validation_fraction: BelowOne = 0.0
+    # which assistant messages are scored
+    score: Literal["last", "all"] = "last"
+    # most tokens of one row
     row_length: Count = 4096
-    max_length: Count | None = None  # of one sequence; None: row_length
+    # most tokens of one sequence; None: row_length
+    max_length: Count | None = None
     too_long: Literal["refuse", "drop", "truncate_left", "truncate_right"] = "refuse"
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     shuffle: bool = True
     decontaminate: Decontaminate | None = None
-    # what one (token, ancestor) pair costs beside one token, to balance ranks by; None: by the model's FLOPs
+    # the cost of one (token, ancestor) pair relative to one token, by which ranks are balanced; None: by model FLOPs
     pair_cost: NonNegative | None = None
-    cache: Name | None = None  # where tokenized data is kept; None: <output>/data
-    workers: Count | None = None  # processes that tokenize; None: one per core
+    # the folder of tokenized data; None: <output>/data
+    cache: Name | None = None
+    # number of processes that tokenize; None: one per core
+    workers: Count | None = None
 
 
 class Training(Section):
+    """Says how a run trains, and when it validates and saves."""
+
     epochs: Count = 1
     max_steps: Count | None = None
-    global_batch: Count  # comparisons; sequences for sft
+    # comparisons per step; for sft, sequences
+    global_batch: Count
     learning_rate: Positive
     min_learning_rate: NonNegative = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Fraction = 0.1  # of the steps
+    # share of the steps
+    warmup: Fraction = 0.1
     weight_decay: NonNegative = 0.0
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.999
     epsilon: Positive = 1e-8
-    clip: Positive = 1.0  # norm of the global gradient
-    validate_every: Number = 0  # steps; 0: never
-    save_every: Number = 0  # steps; 0: at the end only
-    keep: Count = 2  # checkpoints
-    async_save: bool = True  # training goes on while a checkpoint is written
+    # the largest norm of the global gradient
+    clip: Positive = 1.0
+    # number of steps; 0: never
+    validate_every: Number = 0
+    # number of steps; 0: only at the end
+    save_every: Number = 0
+    # number of checkpoints
+    keep: Count = 2
+    # whether training goes on while a checkpoint is written
+    async_save: bool = True
 
 
 class Parallel(Section):
+    """Says how a run is split over processes: its layout."""
+
     tensor: Count = 1
     pipeline: Count = 1
-    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None  # model chunks per pipeline stage
+    # number of the model's chunks per pipeline stage
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
     # layers of each stage (with virtual_pipeline: of each chunk), in the order a token passes them; None: equally many
     stage_layers: Annotated[list[Number], Field(min_length=2)] | None = None
-    context: Count = 1  # processes that share the tokens of each row
+    # number of processes that share the tokens of each row
+    context: Count = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
-    offload_optimizer: bool = False  # main weights and moments wait in host memory between steps
+    # whether main weights and moments are kept in host memory between steps
+    offload_optimizer: bool = False
     overlap: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
 
     @property
     def chunks(self) -> int:
-        """Count the chunks that the model is cut into: its pipeline stages, or the parts of interleaved ones."""
+        """Return the number of chunks of the model: its pipeline stages, or the parts of interleaved stages."""
         return self.pipeline * (self.virtual_pipeline or 1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield (key, problem) for keys that do not go together, whatever the model and the number of processes."""
+        """Yield (key, problem) for keys that contradict each other, whatever the model and the number of processes."""
         if self.virtual_pipeline is not None and self.pipeline == 1:
             yield (
                 "virtual_pipeline",
@@ -184,25 +239,36 @@ class Parallel(Section):
             yield "sequence_parallel", "found true with tensor 1; allowed: only with tensor > 1"
 
     def check(self) -> None:
-        """Raise UserError for the first of `problems`: a layout may be made without a recipe file."""
+        """Raise UserError for the first of `problems`, because a layout may be made without a recipe file."""
         for key, problem in self.problems():
             raise UserError(f"parallel.{key}: {problem}")
 
 
 class Reference(Section):
-    path: Name | None = None  # None: model.path
-    cache: Name | None = None  # None: <output>/reference
+    """Names the reference policy, and where its log-probs are kept."""
+
+    # None: model.path
+    path: Name | None = None
+    # None: <output>/reference
+    cache: Name | None = None
 
 
 class Export(Section):
-    path: Name | None = None  # None: <output>/export
-    dtype: Dtype | None = None  # None: model.dtype
+    """Says how the trained model is written."""
+
+    # None: <output>/export
+    path: Name | None = None
+    # None: model.dtype
+    dtype: Dtype | None = None
     reward_format: Literal["sequence_classification", "eurus", "both"] = "both"
     max_shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")] = "5GB"
 
 
 class Recipe(Section):
-    """Holds a whole recipe. The properties give the paths and types whose default is another key."""
+    """Holds a whole recipe.
+
+    The properties give the paths and types whose default depends on another key.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output: Name
@@ -217,42 +283,48 @@ class Recipe(Section):
 
     @property
     def tokenizer_path(self) -> str:
+        """Return the tokenizer's path, by default the model's."""
         return self.tokenizer.path or self.model.path
 
     @property
     def reference_path(self) -> str:
+        """Return the reference policy's path, by default the model's."""
         return self.reference.path or self.model.path
 
     @property
     def data_cache(self) -> Path:
+        """Return the folder of tokenized data."""
         return Path(self.data.cache) if self.data.cache else Path(self.output) / "data"
 
     @property
     def reference_cache(self) -> Path:
+        """Return the folder of the reference policy's log-probs."""
         return Path(self.reference.cache) if self.reference.cache else Path(self.output) / "reference"
 
     @property
     def export_path(self) -> Path:
+        """Return the folder to which the trained model is written."""
         return Path(self.export.path) if self.export.path else Path(self.output) / "export"
 
     @property
     def export_dtype(self) -> Dtype:
+        """Return the number type in which the trained model is written, by default the one it is trained in."""
         return self.export.dtype or self.model.dtype
 
     def dump(self) -> str:
-        """The resolved recipe as YAML, every key stated: `load` of it gives an equal recipe."""
+        """Write the resolved recipe as YAML with every key; `load` of it gives an equal recipe."""
         return to_yaml(self.model_dump())
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be of this model; how it is computed does not matter."""
+        """Return what a checkpoint must agree with to be of this model; how attention is computed is left out."""
         return {
             "objective": self.objective.model_dump(),
             "model": self.model.model_dump(exclude={"attention"}),
         }
 
     def describe(self) -> str:
-        """A few lines for the start of a run."""
+        """Return the lines that a run prints at its start."""
         objective, model, training, layout = self.objective, self.model, self.training, self.parallel
         keys = ", ".join(f"{key} {getattr(objective, key)}" for key in OBJECTIVES[objective.name].keys)
         unit = "comparisons" if OBJECTIVES[objective.name].pairwise else "sequences"

@@ -1,4 +1,4 @@
-"""What computes: kernels and libraries that a run found on this machine, in one line for its start."""
+"""Finds the kernels and libraries with which a run computes on this machine, and describes them in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from silva.kernels import dispatch, document_attention
 
 
 def check(recipe: Recipe) -> None:
-    """Raises UserError where the recipe asks for a library that is not here."""
+    """Check that the libraries the recipe asks for are installed.
+
+    Raises:
+        UserError: one is not.
+    """
     if recipe.model.attention == "flash" and document_attention.installed() is None:
         raise UserError(
             f"model.attention: found flash, but none of {', '.join(document_attention.MODULES)} is installed; install "
@@ -21,7 +25,7 @@ def check(recipe: Recipe) -> None:
 
 
 def describe(recipe: Recipe) -> str:
-    """Once the optimizer is built."""
+    """Return the line that a run prints about them; called after the optimizer is built."""
     place = f"{torch.cuda.get_device_name()}, NCCL" if torch.cuda.is_available() else "CPU, gloo"
     kernels = f"Triton {dispatch.triton.__version__}" if dispatch.triton is not None else "torch"
     if not torch.cuda.is_available() and not dispatch.INTERPRETED:

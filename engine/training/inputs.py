@@ -1,4 +1,4 @@
-"""Reads what a run trains on, before a weight is read: everything a user can get wrong is found here first."""
+"""Reads what a run trains on, before any weight is read, so that mistakes in the inputs are found first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ class Inputs:
 
     Attributes:
         folder: of the checkpoint that training starts from.
-        validation, validation_batches: None without validation data.
+        shape: of the model.
+        tokenizer: of the recipe.
+        data: the training data.
+        validation: the validation data; None if there is none.
+        batches: of the training data, for all epochs.
+        validation_batches: of the validation data; None if there is none.
         steps: optimizer steps of the whole run.
     """
 
@@ -45,11 +50,19 @@ class Inputs:
 
 
 def read(recipe: Recipe) -> Inputs:
-    """Read shape, tokenizer and data of a recipe, and plan its batches. Collective.
+    """Read shape, tokenizer and data of a recipe, and plan its batches.
+
+    The call is collective.
+
+    Args:
+        recipe: of the run.
+
+    Returns:
+        The inputs.
 
     Raises:
         UserError: the model is of no known shape or does not fit the layout, tokenizer and model do not belong
-            together, or the data is unusable.
+            together, or the data are unusable.
     """
     folder = hf.fetch(recipe.model.path)
     shape = hf.read_shape(folder)
@@ -85,10 +98,11 @@ def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
 
 
 def check_outputs(recipe: Recipe) -> None:
-    """Refuse before training what could not be written after it.
+    """Check before training that the outputs can be written.
 
     Raises:
-        UserError: an output is a file, lies where nothing can be written, or would replace somebody's folder.
+        UserError: an output is a file, is in a folder where nothing can be written, or would replace a folder that no
+            export wrote.
     """
     for key, folder in (
         ("output", Path(recipe.output)),
@@ -99,13 +113,24 @@ def check_outputs(recipe: Recipe) -> None:
         if not there.is_dir():
             raise UserError(f"{key}: {folder} cannot be a folder, {there} is a file; choose another")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{key}: {folder} cannot be written, {there} allows no writing; choose another")
+            raise UserError(f"{key}: {folder} cannot be written, {there} is not writable; choose another")
     head = OBJECTIVES[recipe.objective.name].head
     hf_export.check_target(recipe.export_path, head=head, reward_format=recipe.export.reward_format)
 
 
 def batches_of(data: DataSet, recipe: Recipe, shape: ModelShape, *, training: bool) -> BatchLoader:
-    """Cut data into this rank's global batches; without `training` once and in order."""
+    """Cut data into this rank's global batches.
+
+    Args:
+        data: of the training or the validation.
+        recipe: of the run.
+        shape: of the model.
+        training: whether the data are taken as often and in the order that the recipe says; otherwise once and in
+            their own order.
+
+    Returns:
+        The batches.
+    """
     objective = OBJECTIVES[recipe.objective.name]
     return BatchLoader(
         data,
@@ -118,19 +143,19 @@ def batches_of(data: DataSet, recipe: Recipe, shape: ModelShape, *, training: bo
         mismatched=objective.needs_kl,
         rank=groups.data_rank(),
         ranks=groups.data_size(),
-        # interleaved pipelines take micro-batches by the number of stages
+        # interleaved pipelines need a multiple of the number of stages as micro-batches
         multiple=recipe.parallel.pipeline if recipe.parallel.virtual_pipeline else 1,
         cost=_cost(recipe, shape, objective),
     )
 
 
 def _unit(objective: Objective) -> Unit:
-    """Tell what a global batch is counted in."""
+    """Return the unit in which a global batch is counted."""
     return "comparison" if objective.pairwise else "sequence"
 
 
 def _cost(recipe: Recipe, shape: ModelShape, objective: Objective) -> CostModel:
-    """Choose what data-parallel ranks are balanced by."""
+    """Return the cost by which data-parallel ranks are balanced."""
     pair = recipe.data.pair_cost
     if pair is not None:
         return CostModel(token=1.0, pair=pair)
@@ -140,7 +165,8 @@ def _cost(recipe: Recipe, shape: ModelShape, objective: Objective) -> CostModel:
 def _read_data(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[DataSet, DataSet | None]:
     """Read training and validation data.
 
-    One process tokenizes what is not cached, then one on every node that does not see its files; the others map them.
+    First one process tokenizes what is not cached, then one process on every node that does not see its files. The
+    others map the files.
     """
     found: tuple[DataSet, DataSet | None] | None = None
     for my_turn in (groups.rank() == 0, groups.local_rank() == 0, True):
@@ -179,7 +205,7 @@ def _prepare(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[DataSet, DataSet
 
 
 def _show(data: DataSet, held: DataSet | None, folders: Sequence[Path], unit: Unit, output: Path) -> None:
-    """Print what an epoch holds, and everything that was left out."""
+    """Print how much data there is, and everything that was left out."""
     left_out = Report()
     contaminated: list[str] = []
     for folder in folders:

@@ -1,4 +1,4 @@
-"""What a run reports: one vector of sums per step, JSONL and TensorBoard."""
+"""Computes and writes what a run reports: one vector of sums per step, as JSONL and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ SUMS = ("loss", "chosen_reward", "rejected_reward", "margin", "correct", "chosen
 
 
 def preference_sums(result: Preference, comparisons: Tensor) -> Tensor:
-    """(8,) float64 sums of one row in the order of `SUMS`, on the device: nothing is read back here.
+    """Sum the metrics of one row.
 
-    Sides that are absent count nowhere; margin and accuracy are over comparisons with both sides. Equal rewards
-    are half right, so that a policy that is still its own reference has the accuracy of chance (TRL: 0).
+    Absent sides are not counted; margin and accuracy are over comparisons with both sides. Equal rewards count as half
+    right, so that a policy that still equals its reference has the accuracy of chance (in TRL it has 0).
+
+    Args:
+        result: what the loss returned for the row.
+        comparisons: (P, 2) integer, (chosen, rejected); -1 for an absent side.
+
+    Returns:
+        (8,) float64 sums in the order of `SUMS`, on the device; nothing is copied to the host here.
     """
     has_chosen, has_rejected = (comparisons[:, side] >= 0 for side in (0, 1))
     both = has_chosen & has_rejected
@@ -42,18 +49,22 @@ def preference_sums(result: Preference, comparisons: Tensor) -> Tensor:
 
 
 def likelihood_sums(loss: Tensor) -> Tensor:
-    """The same vector for an objective without comparisons."""
+    """Return the vector of `preference_sums` for an objective without comparisons."""
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=loss.device)
     sums[0] = loss.detach().double().sum()
     return sums
 
 
 def summarize(sums: Tensor, count: int) -> dict[str, float]:
-    """Means from the global sums: the one read-back of a step.
+    """Compute means from the global sums, which only here are copied to the host.
 
     Args:
-        sums: (8,) summed over rows and ranks.
+        sums: (8,) summed over rows and ranks, in the order of `SUMS`.
         count: what the loss is divided by (tokens, comparisons or sides of the global batch).
+
+    Returns:
+        "loss" and, as far as there are such sides and comparisons, "reward_chosen", "reward_rejected", "reward_margin"
+        and "reward_accuracy".
     """
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     means = {"loss": total["loss"] / count}
@@ -68,9 +79,14 @@ def summarize(sums: Tensor, count: int) -> dict[str, float]:
 
 
 class Journal:
-    """`metrics.jsonl` and TensorBoard events in a run's folder; does nothing on ranks that do not write.
+    """Writes `metrics.jsonl` and TensorBoard events to a run's folder; does nothing on ranks that do not write.
 
-    A resumed run cuts the lines of the steps it does again, so that every step stands in the file once.
+    A resumed run drops the lines of the steps that it repeats, so that every step is in the file once.
+
+    Args:
+        folder: of the run.
+        writes: whether this rank writes.
+        start_step: the first step that this process runs.
     """
 
     def __init__(self, folder: Path, *, writes: bool, start_step: int) -> None:
@@ -89,7 +105,7 @@ class Journal:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """One line `{"step", "kind", ...}`; kind is "train" or "validation"."""
+        """Write one line `{"step", "kind", ...}`; kind is "train" or "validation"."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")

@@ -1,7 +1,7 @@
-"""Rows through the model: megatron-core's schedules behind two functions.
+"""Runs rows through the model, with megatron-core's schedules behind two functions.
 
-Without pipeline parallelism a schedule is a loop over micro-batches (one packed row each); with it, the 1F1B
-schedule, interleaved or not. Everything above this file sees rows in, numbers out.
+Without pipeline parallelism, a schedule is a loop over micro-batches (one packed row each); with it, it is the 1F1B
+schedule, interleaved or not. Callers of this file pass rows and get numbers.
 """
 
 from __future__ import annotations
@@ -36,17 +36,20 @@ def run_rows(
     training: bool,
     fused: RowLoss | None = None,
 ) -> Tensor:
-    """One pass over this rank's rows; with `training`, gradients are summed into the model's buffers.
+    """Run one pass over this rank's rows.
+
+    The call is collective.
 
     Args:
         chunks: the model of this rank, one module per virtual pipeline stage.
-        rows: equally many on every data-parallel rank.
+        rows: the same number on every data-parallel rank.
         loss: called on the last stage with (values (N,) per sequence, row); returns the row's loss, already
             divided by the global count, and its (8,) vector of metric sums.
-        fused: the same from what the head gives, (L,) log-probs or (N,) rewards; called where kernels run.
+        training: whether gradients are computed and summed into the model's buffers.
+        fused: as `loss`, but called with what the head gives, (L,) log-probs or (N,) rewards; used where kernels run.
 
     Returns:
-        The metric sums over all rows of all ranks, the same on every rank.
+        The (8,) metric sums over all rows of all ranks, the same on every rank.
     """
     found = _schedule(
         chunks, rows, partial(_training_step, loss=loss, fused=fused), forward_only=not training
@@ -58,7 +61,10 @@ def run_rows(
 
 
 def share_from_last_stage(sums: Tensor) -> Tensor:
-    """Sum over data-parallel ranks what the last stages hold, and give it to every stage."""
+    """Sum over data-parallel ranks what the last stages hold, and give it to every stage.
+
+    The call is collective, and writes the sums to its argument.
+    """
     if groups.is_last_stage():
         dist.all_reduce(sums, group=groups.data_group())
     if groups.pipeline_size() > 1:
@@ -68,7 +74,17 @@ def share_from_last_stage(sums: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sequence_values(chunks: Sequence[Any], rows: Sequence[TreeBatch]) -> list[Tensor]:
-    """Forward only: per row the (N,) log-probs or rewards of its sequences; an empty list before the last stage."""
+    """Compute log-probs or rewards of all sequences, by forward passes alone.
+
+    The call is collective.
+
+    Args:
+        chunks: the model of this rank, one module per virtual pipeline stage.
+        rows: the same number on every data-parallel rank.
+
+    Returns:
+        For each row, (N,) values of its sequences; an empty list on stages before the last one.
+    """
     return _schedule(chunks, rows, _collecting_step, forward_only=True, collect_non_loss_data=True)
 
 
@@ -81,7 +97,8 @@ def _schedule(chunks: Sequence[Any], rows: Sequence[TreeBatch], step: Any, **opt
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(rows),
-        seq_length=max(len(row.tokens) for row in rows),  # an upper bound: stages exchange the true lengths
+        # an upper bound: stages exchange the true lengths
+        seq_length=max(len(row.tokens) for row in rows),
         micro_batch_size=1,
         **options,
     )
@@ -97,7 +114,7 @@ def _training_step(
             value, sums = fused(output, row)
         else:
             value, sums = loss(_per_sequence(output, row, chunk), row)
-        # no token count: the loss is already divided by the global count, megatron-core must only sum
+        # a token count of 0, because the loss is already divided by the global count and megatron-core must only sum
         return value, torch.zeros((), dtype=torch.int, device=value.device), sums
 
     return gpt.forward(chunk, row, **how), last_stage
@@ -113,10 +130,11 @@ def _collecting_step(rows: Iterator[TreeBatch], chunk: Any) -> tuple[Tensor, Any
 
 
 def _next(rows: Iterator[TreeBatch], chunk: Any) -> tuple[TreeBatch, dict[str, Any]]:
-    """The next row on this process's device, and what only the host can tell of it: arguments of `gpt.forward`.
+    """Take the next row, copy it to this process's device, and add the arguments that the host computes from it.
 
-    With context parallelism the share of the row that is computed here; else its documents, where FlashAttention is
-    wanted and can take it.
+    Returns:
+        The row, and keyword arguments of `gpt.forward`: with context parallelism the share of the row that is computed
+        here; otherwise its documents, if FlashAttention is asked for and can take the row.
     """
     row, device = next(rows), groups.device()
     how: dict[str, Any] = {}
@@ -131,7 +149,7 @@ def _next(rows: Iterator[TreeBatch], chunk: Any) -> tuple[TreeBatch, dict[str, A
 
 
 def _per_sequence(output: Tensor, row: TreeBatch, chunk: Any) -> Tensor:
-    """(N,): the reward head's output as it is, log-probs summed over each sequence's spans."""
+    """Return (N,) values: the reward head's output as it is, or log-probs summed over each sequence's spans."""
     if gpt.head_of(chunk) == "reward":
         return output
     return sequence_sums(output, row.span, row.span_pointer, row.span_index)

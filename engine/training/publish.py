@@ -20,7 +20,15 @@ from silva.engine.training.inputs import load_tokenizer
 
 
 def export_checkpoint(recipe: Recipe) -> Path:
-    """Export the newest checkpoint of a recipe's run, on the recipe's layout. Collective.
+    """Export the newest checkpoint of a recipe's run, on the recipe's layout.
+
+    The call is collective.
+
+    Args:
+        recipe: of the run.
+
+    Returns:
+        The folder written.
 
     Raises:
         UserError: the run has no checkpoint, or recipe and checkpoint do not belong together.
@@ -29,11 +37,12 @@ def export_checkpoint(recipe: Recipe) -> Path:
         saved = index.checkpoints(Path(recipe.output) / "checkpoints")
         if not saved:
             raise UserError(
-                f"{recipe.output}: no checkpoint to export; has the run started, is `output` the same?"
+                f"{recipe.output}: no checkpoint to export; check that the run has saved one and that `output` is "
+                "its folder"
             )
         folder = hf.fetch(recipe.model.path)
         head = OBJECTIVES[recipe.objective.name].head
-        # the checkpoint fills every parameter: the weights the run started from are not read
+        # the checkpoint fills every parameter, so the weights that the run started from are not read
         chunks = gpt.build(
             hf.read_shape(folder), recipe.parallel, head=head, dtype=getattr(torch, recipe.model.dtype)
         )
@@ -42,10 +51,18 @@ def export_checkpoint(recipe: Recipe) -> Path:
 
 
 def export_model(chunks: Sequence[Any], recipe: Recipe, source: Path, tokenizer: ChatTokenizer) -> Path:
-    """Write the model as Hugging Face checkpoint(s), tokenizer included; the folder. Collective.
+    """Write the model as one or two Hugging Face checkpoints, tokenizer included.
+
+    The call is collective.
 
     Args:
         chunks: wrapped or not, with their parameters in place (`optimizer.settle`).
+        recipe: of the run.
+        source: folder of the checkpoint that training started from.
+        tokenizer: is saved beside the weights.
+
+    Returns:
+        The first folder written.
     """
     head = OBJECTIVES[recipe.objective.name].head
 

@@ -1,7 +1,7 @@
 """Computes the reference policy's log-probs: one forward-only pass before training, kept on disk.
 
-The cache file's name is a digest of everything the numbers depend on: the bytes of the weights, every token and
-every scored flag, and the number type. A stale cache cannot be found under the new name.
+The cache file's name is a digest of everything that the numbers depend on: the bytes of the weights, every token and
+every scored flag, and the number type. So a stale file is never read, because the new numbers have another name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from silva.engine.recipe.schema import Recipe
 from silva.engine.training.inputs import Inputs, batches_of
 from silva.engine.training.passes import sequence_values
 
-FORMAT = "1"  # raised whenever the meaning of the cached numbers changes
+# is raised whenever the meaning of the cached numbers changes
+FORMAT = "1"
 
 LogProbs = NDArray[np.float32]
 
@@ -41,14 +42,18 @@ LogProbs = NDArray[np.float32]
 def log_probs(
     recipe: Recipe, inputs: Inputs, chunks: Sequence[torch.nn.Module]
 ) -> tuple[LogProbs, LogProbs | None]:
-    """Return the log-probs of training and validation data under the reference policy. Collective.
+    """Return the log-probs of training and validation data under the reference policy.
+
+    The call is collective.
 
     Args:
-        chunks: of `gpt.build`, not wrapped; their weights are replaced where anything has to be computed.
+        recipe: of the run.
+        inputs: of the run.
+        chunks: of `gpt.build`, not wrapped; their weights are replaced if anything has to be computed.
 
     Returns:
-        (sequences of the data set and, for KTO, two for each comparison,) of the training data and of the validation
-        data, if there is any.
+        Two float32 arrays, of the training data and of the validation data (None if there is none). Each has the shape
+        (sequences of the data set and, for KTO, two for each comparison,).
 
     Raises:
         UserError: the reference policy is of another shape than the model.
@@ -64,7 +69,8 @@ def log_probs(
     loaded = False
 
     def of(data: DataSet, title: str) -> LogProbs:
-        once = data.with_copies(np.ones(len(data), np.int64))  # however often an epoch takes it
+        # each tree once, however often an epoch takes it
+        once = data.with_copies(np.ones(len(data), np.int64))
         batches = batches_of(once, recipe, inputs.shape, training=False)
         count = once.sequences + (2 * once.comparisons if batches.mismatched else 0)
 
@@ -96,17 +102,18 @@ def _computed(
         for _, batch in batches.prefetch(0, len(batches)):
             mine = [*batch.rows, *batch.mismatched]
             values = sequence_values(chunks, pack_rows(mine, multiple=multiple, pad_id=pad_id))
-            for pieces, part in zip(mine, values, strict=False):  # no values before the last stage
+            # stages before the last one have no values
+            for pieces, part in zip(mine, values, strict=False):
                 ids = [torch.from_numpy(piece.sequence_ids) for piece in pieces]
                 if ids:
-                    # a tree cut by the end of a batch has sequences in both: assigned, not added
+                    # assigned, not added, because a tree that the end of a batch cuts has sequences in both batches
                     found[torch.cat(ids).to(found.device)] = part.double()
             bar.advance()
     return _merge_ranks(found)
 
 
 def _merge_ranks(found: Tensor) -> LogProbs:
-    """Combine what the data-parallel ranks computed: log-probs are negative, and 0 where nothing was."""
+    """Combine the numbers of the data-parallel ranks: log-probs are negative, and 0 on ranks that computed nothing."""
     if groups.is_last_stage():
         dist.all_reduce(found, op=dist.ReduceOp.MIN, group=groups.data_group())
     if groups.pipeline_size() > 1:
@@ -115,12 +122,13 @@ def _merge_ranks(found: Tensor) -> LogProbs:
 
 
 def weights_digest(folder: Path) -> str:
-    """Compute the digest of a checkpoint's config and every byte of its safetensors files (hashed in parallel)."""
+    """Compute the digest of a checkpoint's config and of every byte of its safetensors files."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
 
     def digest(path: Path) -> bytes:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, hashlib.blake2b).digest()  # releases the interpreter lock
+            # releases the interpreter lock, so the threads run in parallel
+            return hashlib.file_digest(file, hashlib.blake2b).digest()
 
     with ThreadPoolExecutor(min(16, len(files))) as pool:
         parts = pool.map(digest, files)
@@ -138,17 +146,28 @@ def cache_key(weights: str, data: str, dtype: torch.dtype, mismatched: bool) -> 
         data: `DataSet.fingerprint`, which covers tokenizer, template and length rule by their results.
         dtype: the number type of the forward pass.
         mismatched: whether KTO's mismatched pairs are included.
+
+    Returns:
+        The digest of all of these, in hexadecimal.
     """
     text = "\0".join([FORMAT, weights, data, str(dtype), str(mismatched)])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def cached(folder: Path, key: str, count: int, compute: Callable[[], LogProbs]) -> tuple[LogProbs, bool]:
-    """Read or compute the (count,) log-probs under `key`. Collective: every rank gets the same array.
+    """Read the log-probs under `key`, or compute and keep them.
+
+    The call is collective: every rank gets the same array. An unreadable file, or one of another length, is computed
+    again and replaced.
+
+    Args:
+        folder: of the cache.
+        key: of `cache_key`.
+        count: how many log-probs there are.
+        compute: returns them as (count,) float32; called on every rank or on none.
 
     Returns:
-        The log-probs, and whether they came from the cache. An unreadable file, or one of another length, is
-        computed again and replaced.
+        The log-probs, and whether they came from the cache.
     """
     path = folder / f"{key}.safetensors"
     # rank 0 alone decides, so that ranks that see different file systems still agree

@@ -1,4 +1,4 @@
-"""Computes one optimizer step or one evaluation of a model, from the trees of a global batch to its metrics."""
+"""Computes one optimizer step or one evaluation of a model, from the trees of a global batch to the metrics."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from silva.kernels.preference_terms import TERMS
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Holds what a step has to know beside model, optimizer and objective.
+    """Holds the settings of a step, beside model, optimizer and objective.
 
     Attributes:
         objective: the recipe's section, of which the loss reads its keys.
-        multiple: of a row's tokens (`gpt.row_multiple`).
+        multiple: what a row's number of tokens is a multiple of (`gpt.row_multiple`).
         pad_id: the token of a row's padding.
     """
 
@@ -39,7 +39,9 @@ class StepSettings:
 
 
 class Step:
-    """Runs a model's steps. Every method but `rows` and `count` is collective.
+    """Runs a model's steps.
+
+    Every method except `rows` and `count` is collective.
 
     Attributes:
         chunks: the model of this rank, one wrapped module per virtual pipeline stage.
@@ -63,10 +65,16 @@ class Step:
     def update(
         self, batch: GlobalBatch, reference: NDArray[np.float32] | None, *, rate: float
     ) -> dict[str, float]:
-        """Take one optimizer step over a global batch; see `update_rows`.
+        """Take one optimizer step over a global batch.
 
         Args:
-            reference: (sequences of the data set,) log-probs under the reference policy, if the objective needs them.
+            batch: of the training data.
+            reference: (sequences of the data set and, for KTO, two for each comparison,) log-probs under the reference
+                policy, if the objective needs them.
+            rate: the learning rate.
+
+        Returns:
+            As `update_rows`.
         """
         kl = self.divergence(batch, reference) if self.objective.needs_kl else None
         rows = self.rows(batch.rows, reference)
@@ -75,7 +83,15 @@ class Step:
     def evaluate(
         self, batches: Iterable[GlobalBatch], reference: NDArray[np.float32] | None
     ) -> dict[str, float]:
-        """Compute the metrics over all batches together, by forward passes alone; see `metrics.summarize`."""
+        """Compute the metrics over all batches together, by forward passes alone.
+
+        Args:
+            batches: of the validation data.
+            reference: as in `update`, of the validation data.
+
+        Returns:
+            What `metrics.summarize` returns; empty without batches.
+        """
         total: Tensor | None = None
         count = 0
         for batch in batches:
@@ -87,9 +103,16 @@ class Step:
         return summarize(total, count) if total is not None else {}
 
     def divergence(self, batch: GlobalBatch, reference: NDArray[np.float32] | None) -> Tensor:
-        """Estimate KTO's KL: the mean log-ratio of all mismatched pairs of the global batch, one scalar.
+        """Estimate KTO's KL: the mean log-ratio of all mismatched pairs of the global batch.
 
-        Its collective lives here and not in the loss, which therefore does not change with layout or packing.
+        The sum over ranks is made here and not in the loss, so that the loss does not depend on layout or packing.
+
+        Args:
+            batch: with mismatched pairs.
+            reference: as in `update`.
+
+        Returns:
+            A float32 scalar, the same on every rank.
         """
         rows = self.rows(batch.mismatched, reference)
         total = torch.zeros(1, dtype=torch.float64, device=groups.device())
@@ -106,7 +129,7 @@ class Step:
         )
 
     def count(self, batch: GlobalBatch) -> int:
-        """Count what the batch's loss is divided by; known without communication."""
+        """Return the number that the batch's loss is divided by; every rank knows it without communication."""
         counts = {"token": batch.scored, "comparison": batch.comparisons, "side": batch.sides}
         return counts[self.objective.unit]
 
@@ -118,21 +141,22 @@ class Step:
         """Take one optimizer step over this rank's packed rows.
 
         Args:
-            rows: equally many on every data-parallel rank.
+            rows: the same number on every data-parallel rank.
             count: what the loss of all ranks' rows is divided by.
             rate: the learning rate.
             kl: of `divergence`, if the objective needs it.
 
         Returns:
-            What `metrics.summarize` tells, "learning_rate", "gradient_norm" (before clipping) and, if the objective
-            needs it, "kl"; the same on every rank. The model has been updated whatever they are.
+            What `metrics.summarize` returns, "learning_rate", "gradient_norm" (before clipping) and, if the objective
+            needs it, "kl"; the same on every rank. The model has been updated even if they are not finite.
         """
         self.clear_gradients()
         sums = self.pass_over(rows, count, kl=kl, training=True)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         _, norm, _ = self.optimizer.step()
-        values = summarize(sums, count)  # the step's one read-back: everything before is queued
+        # copies the sums to the host, which no pass over a row does
+        values = summarize(sums, count)
         values |= {"learning_rate": rate, "gradient_norm": float(norm)}
         return values if kl is None else values | {"kl": float(kl)}
 
@@ -148,7 +172,9 @@ class Step:
         """Run forward (and backward, with `training`) over this rank's packed rows.
 
         Args:
-            rows, count, kl: as in `update_rows`.
+            rows: as in `update_rows`.
+            count: as in `update_rows`.
+            kl: as in `update_rows`.
             training: whether gradients of loss / count are summed into the buffers.
 
         Returns:
@@ -182,7 +208,7 @@ class Step:
                 rows,
                 loss,
                 training=training,
-                # a loss without a kernel of its own runs through autograd, on a GPU too
+                # a loss without a kernel of its own is differentiated by autograd, on a GPU too
                 fused=fused if self.objective.name in TERMS else None,
             )
 

@@ -1,6 +1,7 @@
-"""Runs one recipe: set up in the order in which mistakes are cheapest, then the loop, then the export.
+"""Runs one recipe: the set-up, then the loop, then the export.
 
-Everything a step does is a function of (recipe, step, state), so a run that was killed goes on as if it had not been.
+The set-up is ordered so that a user's mistake is found before expensive work. Everything that a step does is a
+function of (recipe, step, state), so a run that was killed and started again computes the same as one that was not.
 """
 
 from __future__ import annotations
@@ -34,28 +35,43 @@ from silva.engine.training.step import Step, StepSettings
 
 @dataclass(slots=True)
 class Summary:
-    """Holds what a finished run has to show."""
+    """Holds the results of a finished run.
+
+    Attributes:
+        steps: of the whole run.
+        before: validation metrics of the model before training; empty without validation data, or for a resumed run.
+        after: validation metrics of the trained model; empty without validation data.
+        unique_tokens: tokens of the rows, in the steps that this process ran.
+        unrolled_tokens: tokens of the same steps' sequences, each counted alone.
+        export: the folder of the exported model.
+        last: training metrics of the last step.
+    """
 
     steps: int
-    before: dict[str, float]  # validation metrics of the model as it came; empty without validation data
+    before: dict[str, float]
     after: dict[str, float]
-    unique_tokens: int  # of the steps this process ran
+    unique_tokens: int
     unrolled_tokens: int
     export: Path
-    last: dict[str, float] = field(default_factory=dict)  # training metrics of the last step
+    last: dict[str, float] = field(default_factory=dict)
 
 
-# what is entered around every optimizer step, with the trainer, the step's number and its batch
+# makes the context in which an optimizer step runs, from the trainer, the step's number and its batch
 Around = Callable[["Trainer", int, GlobalBatch], AbstractContextManager[None]]
 
 
 def train(recipe: Recipe, *, around: Around | None = None) -> Summary:
-    """Run a recipe from the checkpoint it names to the exported one, resuming where an earlier run stopped.
+    """Run a recipe from the checkpoint that it names to the exported one, resuming where an earlier run stopped.
 
-    Collective: called by every process of the world.
+    The call is collective: every process of the world makes it.
 
     Args:
-        around: gives a context that every optimizer step runs in; behind it, `Trainer.last` holds the step's metrics.
+        recipe: of the run.
+        around: makes the context in which an optimizer step runs; when the context is left, `Trainer.last` holds the
+            step's metrics.
+
+    Returns:
+        The results of the run.
 
     Raises:
         UserError: recipe, data, checkpoint or layout are unusable.
@@ -67,7 +83,19 @@ def train(recipe: Recipe, *, around: Around | None = None) -> Summary:
 class Trainer:
     """Holds one run on this process: its inputs, its step, and where it saves.
 
+    Args:
+        recipe: of the run.
+        around: as in `train`.
+
     Attributes:
+        output: the folder of the run.
+        first: whether this is the first process, which writes.
+        inputs: of the run.
+        reference: log-probs of the training data under the reference policy; None if the objective needs none.
+        validation_reference: those of the validation data.
+        newest: the checkpoint that the run resumes from; None for a new run.
+        step: computes the steps.
+        saver: writes the checkpoints.
         last: metrics of the newest step.
     """
 
@@ -94,7 +122,8 @@ class Trainer:
             found = reference_policy.log_probs(recipe, self.inputs, bare)
             self.reference, self.validation_reference = found
         self.newest = self._newest_checkpoint()
-        if self.newest is None:  # a checkpoint fills every parameter
+        # a checkpoint would fill every parameter
+        if self.newest is None:
             _say_read(*hf.load(bare, self.inputs.folder, self.inputs.shape))
         chunks = optimizer.wrap(bare, recipe.parallel)
         settings = StepSettings(
@@ -103,7 +132,7 @@ class Trainer:
         made = optimizer.build(chunks, recipe.training, recipe.parallel)
         self.step = Step(chunks, made, objective, settings)
         say(f"computes   {backends.describe(recipe)}")
-        # state that is on the host already would have to be there twice to be written behind training
+        # state that is already in host memory would have to be there twice to be written while training goes on
         behind = recipe.training.async_save and not recipe.parallel.offload_optimizer
         self.saver = Saver(self.output / "checkpoints", keep=recipe.training.keep, asynchronous=behind)
 
@@ -142,7 +171,14 @@ class Trainer:
         return Summary(steps, before, after, unique, unrolled, self.export(), self.last)
 
     def train_step(self, number: int, batch: GlobalBatch) -> dict[str, float]:
-        """Take step `number` of the run; its metrics are those of `Step.update`, speed and packing.
+        """Take one step of the run.
+
+        Args:
+            number: of the step, from 0 on.
+            batch: of the step.
+
+        Returns:
+            The metrics of `Step.update`, and those of speed and packing.
 
         Raises:
             UserError: the loss or the gradient norm is not finite.
@@ -177,7 +213,7 @@ class Trainer:
         }
 
     def validate(self, title: str = "") -> dict[str, float]:
-        """Compute the metrics over all validation data; with a title, under a progress bar of its own."""
+        """Compute the metrics over all validation data; with a title, show a progress bar."""
         batches = self.inputs.validation_batches
         if batches is None:
             return {}
@@ -188,7 +224,7 @@ class Trainer:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """State what a checkpoint must agree with for its continuation to be the same run."""
+        """Return what a checkpoint must agree with, so that a run resumed from it is the same run."""
         recipe = self.recipe
         return {
             **recipe.identity,
@@ -199,13 +235,13 @@ class Trainer:
         }
 
     def save(self, number: int) -> None:
-        """Write the checkpoint whose next step is `number`."""
+        """Write a checkpoint after which step `number` comes next."""
         optimizer.settle(self.step.chunks, self.recipe.parallel)
         last = number == self.inputs.steps
         self.saver.save(number, self.step.chunks, self.step.optimizer, self.identity, wait=last)
 
     def export(self) -> Path:
-        """Write the trained model as a Hugging Face checkpoint."""
+        """Write the trained model as a Hugging Face checkpoint, and return its folder."""
         optimizer.settle(self.step.chunks, self.recipe.parallel)
         folder = publish.export_model(
             self.step.chunks, self.recipe, self.inputs.folder, self.inputs.tokenizer
@@ -219,7 +255,7 @@ class Trainer:
         return found[0][0] if found[0] else None
 
     def _resume(self) -> int:
-        """Load the newest checkpoint of this run, if there is one; the step to start with."""
+        """Load the newest checkpoint of this run, if there is one, and return the step to start with."""
         if self.newest is None:
             if self.first:
                 self.output.mkdir(parents=True, exist_ok=True)
@@ -238,13 +274,14 @@ def _watched(batches: BatchLoader, bar: ProgressBar) -> Iterator[GlobalBatch]:
 
 
 def _say_read(read: int, whole: int) -> None:
+    """Print how much of the weights was read by the process that read most; every process calls this."""
     every: list[Any] = [None] * groups.world_size()
     dist.all_gather_object(every, read)
     say(f"weights    {max(every) / 1e6:,.1f} MB of {whole / 1e6:,.1f} MB read by the process that reads most")
 
 
 def _note(values: dict[str, float]) -> str:
-    """Pick the few numbers a progress bar has room for."""
+    """Format the few numbers for which a progress bar has room."""
     parts = [f"loss {values['loss']:.4f}"]
     if "reward_accuracy" in values:
         parts.append(f"accuracy {values['reward_accuracy']:.2f}")

@@ -1,8 +1,8 @@
-"""Actions: step-by-step text with Python code that solves a problem, and the mistakes that spoil one.
+"""Writes actions, step-by-step text with Python code that solves a problem, and the mistakes that spoil one.
 
-A `Draft` is an action before it is text: what its steps *say* and what its code *does* may differ, which is
-one family of mistakes; the other (`Draft.slip`) is made when the code is written down. Every mistake comes
-with the critique of it.
+A `Draft` is an action before it is text. What its steps *say* and what its code *does* may differ, which is one family
+of mistakes; the other (`Draft.slip`) is made when the code is written down. Every mistake comes with the critique of
+it.
 """
 
 import re
@@ -19,30 +19,41 @@ ORDERS = {
 }
 NOUNS = {"+": "an addition", "-": "a subtraction", "*": "a multiplication", "/": "a division"}
 CONFUSED = {"+": "-*", "-": "+", "*": "+-", "/": "*-", "from": "+"}
+# (shape of the code, weight of drawing it)
 SHAPES = (
-    ("update", 1.0),  # one variable, a line per operation: total = total + 5
-    ("inplace", 0.8),  # the same with total += 5
-    ("chain", 0.8),  # a new variable per operation
-    ("expression", 1.4),  # one expression, then printed
-    ("direct", 1.0),  # the expression inside print
-    ("function", 0.8),  # def solve(): ...
+    # one variable, a line per operation: total = total + 5
+    ("update", 1.0),
+    # the same with total += 5
+    ("inplace", 0.8),
+    # a new variable per operation
+    ("chain", 0.8),
+    # one expression, then printed
+    ("expression", 1.4),
+    # the expression inside print
+    ("direct", 1.0),
+    # def solve(): ...
+    ("function", 0.8),
 )
 VOICES = (("short", 0.7), ("line", 1.0), ("each", 0.8))
 VARIABLES = ("total", "result", "answer", "count", "value")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 COMMENTS = ("Compute the answer.", "Calculate and print it.", "Write it in Python.", "Let Python do it.")
 
-# Half of the mistakes show in the code itself, half only against the problem: a reward model of a million
-# parameters learns the first kind in a minute and the second slowly, so that a demo has something to show.
+# (mistake, weight of drawing it). Half of the mistakes show in the code itself, half only by comparing it with the
+# problem: a reward model of a million parameters learns the first kind in a minute and the second slowly, so that a
+# demo has something to show.
 MISTAKES = (
     ("operator", 2.0),
     ("name", 1.4),
     ("silent", 2.0),
     ("syntax", 2.0),
     ("quoted", 2.0),
-    ("floor", 3.0),  # only where the answer is not whole
-    ("parentheses", 3.0),  # only where they matter
-    ("unit", 3.0),  # only where units are converted
+    # only where the answer is not a whole number
+    ("floor", 3.0),
+    # only where parentheses matter
+    ("parentheses", 3.0),
+    # only where units are converted
+    ("unit", 3.0),
     ("forgotten", 1.0),
     ("order", 0.8),
     ("twice", 0.6),
@@ -52,7 +63,20 @@ MISTAKES = (
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """An action before it is text. `said_*` is what the steps say, `start` and `done` what the code does."""
+    """Holds an action before it is text.
+
+    Attributes:
+        opening: says where the start value comes from.
+        said_start: the start value that the steps say.
+        said: the operations that the steps say.
+        start: the start value in the code.
+        done: the operations in the code.
+        shape: of the code, one of `SHAPES`.
+        voice: of the steps, one of `VOICES`.
+        variable: the name that the code gives the result.
+        comment: in the first line of the code.
+        slip: a mistake of the code alone, and its variant after a colon; "" for none.
+    """
 
     opening: str
     said_start: int
@@ -66,13 +90,14 @@ class Draft:
     slip: str = ""
 
     def text(self) -> str:
+        """Return the action: the steps, then the code in a ```python fence."""
         thoughts = _thoughts(self)
         code = "\n".join(_code(self))
         return "\n".join([*thoughts, "```python", f"# Step {len(thoughts) + 1}: {self.comment}", code, "```"])
 
 
 def correct(problem: Problem, dice: Dice, like: Draft | None = None) -> Draft:
-    """A draft that does what the problem asks, in the style of `like` or in a random one."""
+    """Return a draft that does what the problem asks, in the style of `like` or in a random one."""
     if like is not None:
         shape, voice, variable, comment = like.shape, like.voice, like.variable, like.comment
     else:
@@ -84,9 +109,18 @@ def correct(problem: Problem, dice: Dice, like: Draft | None = None) -> Draft:
 
 
 def spoil(draft: Draft, mistake: str, problem: Problem, dice: Dice) -> tuple[Draft, str] | None:
-    """`draft` with `mistake` in it and the critique of it; None where the mistake does not apply.
+    """Put a mistake into a draft.
 
-    Whether the result really is wrong is for the interpreter to say (3 + 1 read as 3 + 1 twice may not be).
+    Only the interpreter can tell whether the result is wrong: some mistakes leave the answer as it was.
+
+    Args:
+        draft: a correct one.
+        mistake: one of `MISTAKES`.
+        problem: that the draft solves.
+        dice: chooses the variant.
+
+    Returns:
+        The draft with the mistake, and the critique of it; None where the mistake does not apply.
     """
     match mistake:
         case "operator":
@@ -128,7 +162,8 @@ def _wrong_operator(draft: Draft, dice: Dice) -> tuple[Draft, str]:
 
 
 def _wrong_number(draft: Draft, dice: Dice) -> tuple[Draft, str]:
-    index = dice.number(-1, len(draft.done) - 1)  # -1: the start value
+    # -1 is the start value
+    index = dice.number(-1, len(draft.done) - 1)
     right = draft.start if index < 0 else draft.done[index].number
     wrong = dice.pick([n for n in (right + 1, right - 1, right + 10, right - 10, right * 10) if n > 1])
     is_said = dice.chance(0.5)
@@ -195,7 +230,7 @@ def _wrong_order(draft: Draft, dice: Dice) -> tuple[Draft, str] | None:
 
 
 def _slip(draft: Draft, mistake: str, problem: Problem, dice: Dice) -> tuple[Draft, str] | None:
-    """Mistakes of the code alone; the variant is the part of `slip` after the colon."""
+    """Make a mistake of the code alone; the variant is the part of `slip` after the colon."""
     match mistake:
         case "name":
             other = dice.pick([name for name in VARIABLES if name != draft.variable])
@@ -244,17 +279,19 @@ def _thoughts(draft: Draft) -> list[str]:
 
 
 def _code(draft: Draft) -> list[str]:
-    """The lines of code, with the slip of the draft in them."""
+    """Return the lines of code, with the slip of the draft in them."""
     kind, _, variant = draft.slip.partition(":")
     start = f'"{draft.start}"' if kind == "quoted" else str(draft.start)
     if kind == "name" and draft.shape == "direct":
-        start = variant  # the start value was never given this name
+        # the start value was never given this name
+        start = variant
     lines = _shaped(draft, start, parentheses=kind != "parentheses")
     last = lines[-1]
     printed = last.removeprefix("print(").removesuffix(")")
     match kind, variant:
         case "name", _ if draft.shape == "function":
-            lines[-1] = f"print({draft.variable})"  # local to the function
+            # the variable is local to the function
+            lines[-1] = f"print({draft.variable})"
         case "name", _ if draft.shape != "direct":
             lines[-1] = f"print({variant})"
         case "silent", "bare":
@@ -275,7 +312,7 @@ def _code(draft: Draft) -> list[str]:
 
 
 def _shaped(draft: Draft, start: str, *, parentheses: bool) -> list[str]:
-    """The lines of code in the draft's shape; the last one is `print(...)`."""
+    """Return the lines of code in the draft's shape; the last one is `print(...)`."""
     name, last = draft.variable, f"print({draft.variable})"
     match draft.shape:
         case "update":
@@ -316,7 +353,7 @@ def _applied_in_place(name: str, operation: Operation) -> str:
 
 
 def _expression(start: str, operations: tuple[Operation, ...], parentheses: bool) -> str:
-    """All operations as one expression; parentheses where precedence needs them, or (a mistake) nowhere."""
+    """Write all operations as one expression, with parentheses where precedence needs them, or (a mistake) nowhere."""
     text, is_sum = start, False
     for operation in operations:
         binds_tighter = operation.symbol in "*/" or operation.symbol == "from"

@@ -1,7 +1,8 @@
-"""`python -m silva.recipes.mini.demo`: the whole path on a laptop, from preference trees to exported models.
+"""Runs the whole path on a laptop, from preference trees to exported models.
 
-A tokenizer and a small Llama are made from the shipped trees; then SFT, NCA on top of it (with its reference
-log-probs), and a reward model with BT + DR. Everything is seeded; an earlier demo's folder is replaced.
+`python -m silva.recipes.mini.demo` makes a tokenizer and a small Llama from the shipped trees, and then trains it with
+SFT, with NCA on top of that (with its reference log-probs), and as a reward model with BT + DR. Everything is seeded,
+and an earlier demo's folder is replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DATA = Path(__file__).resolve().parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one line that says what is wrong."""
+    """Run the command, and return the exit code: 0, or 2 after one line that says what is wrong."""
     parser = argparse.ArgumentParser(prog="silva.recipes.mini.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/mini"), help="folder of everything it makes")
     parser.add_argument("override", nargs="*", help="key.path=value, given to all three recipes")
@@ -35,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(out: Path, overrides: Sequence[str] = ()) -> None:
-    """Make, train three times, show.
+    """Make the model, train it three times, and print the results.
+
+    Args:
+        out: folder of everything that is made.
+        overrides: `key.path=value`, given to all three recipes.
 
     Raises:
         UserError: `out` exists and is not an earlier demo's.

@@ -1,7 +1,7 @@
-"""A real Python interpreter that actions are executed in: one worker process, a fresh namespace per action.
+"""Executes actions in a real Python interpreter: one worker process, a fresh namespace per action.
 
-Imported, this file gives `Interpreter`; run as a script, it is the worker that `Interpreter` talks to (so it
-needs nothing but the standard library).
+Imported, this file gives `Interpreter`. Run as a script, it is the worker that `Interpreter` talks to, and so it
+needs nothing but the standard library.
 """
 
 import contextlib
@@ -14,9 +14,12 @@ from fractions import Fraction
 
 
 class Interpreter:
-    """A worker process that executes code and says what it printed. Use it as a context manager.
+    """Executes code in a worker process and returns what it printed; it is to be used as a context manager.
 
-    The worker is isolated (`-I`) from the environment and the user's packages: only the code decides.
+    The worker is isolated (`-I`) from the environment and the user's packages, so output depends on the code alone.
+
+    Attributes:
+        timeout_seconds: the longest time that one piece of code may take.
     """
 
     def __init__(self, timeout_seconds: float = 10.0) -> None:
@@ -30,13 +33,13 @@ class Interpreter:
         self._stop()
 
     def run(self, code: str) -> str:
-        """What the interpreter prints for `code`, without newlines at the end.
+        """Return what the interpreter prints for `code`, without newlines at the end.
 
-        After an exception the text ends with the last line of its traceback, such as "NameError: name 'x' is
-        not defined". Only that line: frames and "Did you mean" hints differ between Python versions.
+        After an exception the text ends with the last line of its traceback, such as "NameError: name 'x' is not
+        defined". The rest is left out, because frames and "Did you mean" hints differ between Python versions.
 
-        Raises TimeoutError where the code takes longer than the limit (or ends the worker); the next call
-        starts a new worker.
+        Raises:
+            TimeoutError: the code takes longer than the limit (or ends the worker); the next call starts a new worker.
         """
         worker = self._worker or self._start()
         assert worker.stdin is not None
@@ -68,31 +71,33 @@ class Interpreter:
 
 
 def code_of(action: str) -> str:
-    """The Python code of an action: the text of its one ```python fence."""
+    """Return the Python code of an action: the text of its one ```python fence."""
     return action.split("```python\n", 1)[1].split("```", 1)[0]
 
 
 def is_correct(printed: str, answer: Fraction) -> bool:
-    """Whether the last printed line is a number equal to `answer`, exactly ("12.0" is 12, "7.5" is 15/2)."""
+    """Tell whether the last printed line is a number equal to `answer`, exactly ("12.0" is 12, "7.5" is 15/2)."""
     try:
         return Fraction(printed.rsplit("\n", 1)[-1]) == answer
-    except ValueError:  # nothing printed, or an error message
+    except ValueError:
+        # nothing was printed, or an error message
         return False
 
 
 def _execute(code: str) -> str:
-    """Runs `code` in a fresh namespace; returns what it printed and, after an exception, its last line."""
+    """Run `code` in a fresh namespace; return what it printed and, after an exception, the exception's last line."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
             exec(compile(code, "<action>", "exec"), {"__name__": "__main__"})
-        except Exception as error:  # any error of the executed code is what we are here to report
+        except Exception as error:
+            # any error of the executed code belongs to its output
             print(f"{type(error).__name__}: {error}")
     return printed.getvalue()
 
 
 def _serve() -> None:
-    """The worker: one JSON string of code per line in, one JSON string of output per line out."""
+    """Serve as the worker: one JSON string of code per line in, one JSON string of output per line out."""
     for line in sys.stdin:
         sys.stdout.write(json.dumps(_execute(json.loads(line))) + "\n")
         sys.stdout.flush()

@@ -19,11 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from silva.engine.errors import UserError
 
-VOCABULARY = 1024  # a multiple of 128 shards evenly under any tensor parallelism a model this small can have
+# a multiple of 128 is split evenly by any tensor parallelism that a model this small can have
+VOCABULARY = 1024
 MAX_POSITION = 2048
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-# Eurus' format, with Mistral's end of turn. Message k only looks back, so that the text of the first k
-# messages is a prefix of the text of k + 1: shared messages are shared tokens.
+# Eurus' format, with Mistral's end of turn. The text of a message depends only on the messages before it, so that the
+# text of the first k messages is a prefix of the text of k + 1: shared messages are shared tokens.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -36,9 +37,18 @@ CHAT_TEMPLATE = (
 
 
 def make(data: Path, out: Path, *, seed: int) -> Path:
-    """Writes tokenizer and model made from `data` (a folder with `pair.jsonl.gz`) into `out`; returns `out`.
+    """Make tokenizer and model, and write them into a folder.
 
-    Raises UserError where the data is absent or has no rows.
+    Args:
+        data: a folder with `pair.jsonl.gz`.
+        out: the folder to write.
+        seed: of the model's weights.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the data is absent or has no rows.
     """
     tokenizer = train_tokenizer(_texts(data / "pair.jsonl.gz"))
     out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +58,7 @@ def make(data: Path, out: Path, *, seed: int) -> Path:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE of `VOCABULARY` tokens: any text survives encoding and decoding."""
+    """Train a byte-level BPE of `VOCABULARY` tokens: decoding an encoded text gives the same text, whatever it is."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,7 +73,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def _texts(path: Path) -> list[str]:
-    """Every message and action of the trees once, as the chat template frames it."""
+    """Return every message and action of the trees once, as the chat template frames it."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; make it with `python -m silva.recipes.mini.make_trees`")
     texts = list(dict.fromkeys(_framed(path)))
@@ -84,14 +94,15 @@ def _framed(path: Path) -> Iterator[str]:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """tokenizer.json and a tokenizer_config.json that every transformers version reads the same way."""
+    """Write tokenizer.json and a tokenizer_config.json that every transformers version reads the same way."""
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": PAD,
-        "add_bos_token": False,  # the chat template writes it
+        # the chat template writes it
+        "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": MAX_POSITION,
@@ -118,17 +129,20 @@ def _save_model(tokenizer: Tokenizer, out: Path, seed: int) -> None:
         pad_token_id=pad,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are its own
+    # the caller's random numbers stay as they are
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
         bos_token_id=bos, eos_token_id=eos, pad_token_id=pad, max_new_tokens=160, do_sample=False
     )
-    disable_progress_bar()  # one file of 4 MB; the bars of the training that follows are the ones to watch
+    # one file of 4 MB needs no progress bar beside those of the training that follows
+    disable_progress_bar()
     model.save_pretrained(out)
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description="Makes the tokenizer and the small random Llama of the demo."
     )

@@ -2,13 +2,13 @@
 
     python -m silva.recipes.mini.make_trees [--out FOLDER] [--problems N] [--seed S]
 
-Per problem one tree: at every turn a correct and an incorrect action; the correct one ends its branch, the
-incorrect one is expanded by an observation (what a real Python interpreter printed, and a critique) and a new
-pair, five turns at most (arXiv 2404.02078, section 2). Every action is executed: no row is written unless the
-chosen action prints the answer and the rejected one does not.
+Every problem has one tree, with a correct and an incorrect action at every turn. The correct one ends its branch; the
+incorrect one is expanded by an observation (what a real Python interpreter printed, and a critique) and a new pair,
+five turns at most (arXiv 2404.02078, section 2). Every action is executed: no row is written unless the chosen action
+prints the answer and the rejected one does not.
 
-Every eighth problem is held out. Problem i depends on the seed, i and the problems before it only, so fewer
-problems give the first rows of more.
+Every eighth problem is held out. Problem i depends only on the seed, i and the problems before it, so a smaller data
+set is the beginning of a larger one.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from silva.recipes.mini.problems import Dice, Problem
 PROBLEMS = 800
 HOLD_OUT_EVERY = 8
 DEPTHS = ((1, 0.45), (2, 0.25), (3, 0.13), (4, 0.09), (5, 0.08))
-LONGEST_OUTPUT = 70  # characters; "12" * 60 prints more than anyone wants to read
+# Characters that an incorrect action may print; "12" * 60 prints too many to read.
+LONGEST_OUTPUT = 70
 FILES = ("pair", "sft", "pair_heldout", "sft_heldout")
 
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A correct and an incorrect action, and what the environment and the critique say to the latter."""
+    """Holds a correct and an incorrect action, and what the environment and the critique say to the latter."""
 
     chosen: str
     rejected: str
@@ -45,7 +46,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """An incorrect action, remembered because later turns may repeat it or keep its style."""
+    """Holds an incorrect action, because later turns may repeat it or keep its style."""
 
     draft: actions.Draft
     text: str
@@ -54,7 +55,19 @@ class _Attempt:
 
 
 def grow(problem: Problem, dice: Dice, interpreter: Interpreter) -> list[Turn]:
-    """The tree of `problem`: its turns, each of whose actions was executed."""
+    """Make the tree of a problem.
+
+    Args:
+        problem: that the actions solve.
+        dice: chooses the actions.
+        interpreter: executes every action.
+
+    Returns:
+        The turns of the tree, five at most.
+
+    Raises:
+        AssertionError: an action that should be correct is not.
+    """
     turns: list[Turn] = []
     attempts: list[_Attempt] = []
     for _ in range(dice.weighted(DEPTHS)):
@@ -76,7 +89,7 @@ def grow(problem: Problem, dice: Dice, interpreter: Interpreter) -> list[Turn]:
 def _fail(
     problem: Problem, chosen: actions.Draft, known: list[str], dice: Dice, interpreter: Interpreter
 ) -> _Attempt:
-    """An incorrect action that is none of `known`; draws until the interpreter says that it is wrong."""
+    """Draw actions until the interpreter says that one is wrong, and it is none of `known`."""
     while True:
         right = chosen if dice.chance(0.6) else actions.correct(problem, dice)
         spoiled = actions.spoil(right, dice.weighted(actions.MISTAKES), problem, dice)
@@ -90,14 +103,14 @@ def _fail(
 
 
 def _check_correct(action: str, problem: Problem, interpreter: Interpreter) -> None:
-    """Raises AssertionError where an action that should be correct is not: a fault of this generator."""
+    """Raise AssertionError where an action that should be correct is not: a fault of this generator."""
     printed = interpreter.run(code_of(action))
     if not is_correct(printed, problem.answer):
         raise AssertionError(f"expected {problem.answer}, {printed!r} was printed by\n{action}")
 
 
 def pair_rows(instruction: str, turns: list[Turn]) -> Iterator[Row]:
-    """UltraInteract_pair rows, one per turn; `trajectory` is everything before the two actions."""
+    """Yield UltraInteract_pair rows, one per turn; `trajectory` is everything before the two actions."""
     parent = _digest(instruction)
     trajectory = [{"from": "user", "value": instruction}]
     for number, turn in enumerate(turns, start=1):
@@ -115,7 +128,7 @@ def pair_rows(instruction: str, turns: list[Turn]) -> Iterator[Row]:
 
 
 def sft_rows(instruction: str, turns: list[Turn]) -> Iterator[Row]:
-    """UltraInteract_sft rows, one per correct action; `instruction` is the history as one text."""
+    """Yield UltraInteract_sft rows, one per correct action; `instruction` is the history as one text."""
     parent = _digest(instruction)
     history = instruction
     for number, turn in enumerate(turns, start=1):
@@ -131,7 +144,7 @@ def sft_rows(instruction: str, turns: list[Turn]) -> Iterator[Row]:
 
 
 def forest(seed: int) -> Iterator[tuple[Problem, list[Turn]]]:
-    """Trees without end, no two with the same instruction."""
+    """Yield trees without end, no two with the same instruction."""
     seen: set[str] = set()
     index = 0
     with Interpreter() as interpreter:
@@ -146,7 +159,7 @@ def forest(seed: int) -> Iterator[tuple[Problem, list[Turn]]]:
 
 
 def make(count: int, seed: int) -> dict[str, list[Row]]:
-    """The rows of `count` problems by file stem (`FILES`)."""
+    """Make the rows of `count` problems, by file stem (`FILES`)."""
     rows: dict[str, list[Row]] = {stem: [] for stem in FILES}
     for index, (problem, turns) in enumerate(islice(forest(seed), count)):
         suffix = "_heldout" if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else ""
@@ -156,7 +169,7 @@ def make(count: int, seed: int) -> dict[str, list[Row]]:
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Rows as gzipped JSON lines whose bytes depend on the rows (and on zlib) alone: no name, no time."""
+    """Write rows as gzipped JSON lines, without name or time: the bytes depend on the rows (and on zlib) alone."""
     text = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
     # not gzip.compress: the operating system byte of its header differs between Python versions
     with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
@@ -168,6 +181,7 @@ def _digest(text: str) -> str:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Makes the mini data set of preference trees.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)")
     parser.add_argument("--problems", type=int, default=PROBLEMS, help="of which every eighth is held out")

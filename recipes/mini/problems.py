@@ -1,7 +1,7 @@
-"""Arithmetic word problems with their solution: a start value, then one to three operations with reasons.
+"""Draws arithmetic word problems with their solution: a start value, then one to three operations with reasons.
 
-Random choices use `Random.random()` alone (through `Dice`): the one method whose sequence Python promises to
-keep between versions.
+Random choices use `Random.random()` alone (through `Dice`), the one method whose sequence Python promises to keep
+between versions.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ NAMES = ("Tom", "Mia", "Ben", "Anna", "Omar", "Lena", "Raj", "Sofia", "Leo", "Ni
 THINGS = ("apples", "pens", "books", "coins", "shells", "cards", "stamps", "marbles", "balls", "cookies")
 BOXES = (("boxes", "box"), ("bags", "bag"), ("jars", "jar"), ("baskets", "basket"))
 AMOUNTS = ("liters of juice", "kilos of rice", "meters of rope", "liters of milk", "kilos of flour")
-# clause of the problem -> symbol; {n} is the number, {f} a friend
+# (clause of the problem, symbol); {n} is the number, {f} a friend
 CHANGES = (
     ("buys {n} more", "+"),
     ("finds {n} more", "+"),
@@ -28,28 +28,30 @@ CHANGES = (
     ("sells {n}", "-"),
     ("gives away {n}", "-"),
 )
-# what is converted, into what, how many of these
+# (what is converted, into what, how many of these)
 UNITS = (("hours", "minutes", 60), ("dozen eggs", "eggs", 12), ("weeks", "days", 7), ("feet", "inches", 12))
 
 
 class Dice:
-    """Reproducible choices from a text seed."""
+    """Makes reproducible choices from a text seed."""
 
     def __init__(self, seed: str) -> None:
         self._random = Random(seed)
 
     def chance(self, probability: float) -> bool:
+        """Return True with this probability."""
         return self._random.random() < probability
 
     def number(self, low: int, high: int) -> int:
-        """An integer in [low, high]."""
+        """Return an integer in [low, high]."""
         return low + int(self._random.random() * (high - low + 1))
 
     def pick(self, items: Sequence[T]) -> T:
+        """Return one of `items`, each with the same probability."""
         return items[self.number(0, len(items) - 1)]
 
     def weighted(self, items: Sequence[tuple[T, float]]) -> T:
-        """One of `items`, each given with its weight."""
+        """Return one of `items`, each given with its weight."""
         left = self._random.random() * sum(weight for _, weight in items)
         for item, weight in items:
             left -= weight
@@ -58,13 +60,21 @@ class Dice:
         return items[-1][0]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
+        """Return `items` in a random order."""
         rest = list(items)
         return [rest.pop(self.number(0, len(rest) - 1)) for _ in items]
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`symbol` + - * / applied to the value so far and `number`; "from" subtracts the value from `number`."""
+    """Holds one step of a solution.
+
+    Attributes:
+        symbol: + - * / of the value so far and `number`; "from" subtracts the value from `number`.
+        number: the second operand.
+        reason: the clause of the problem that asks for it.
+        is_conversion: whether it converts units.
+    """
 
     symbol: str
     number: int
@@ -72,6 +82,7 @@ class Operation:
     is_conversion: bool = False
 
     def apply(self, value: Fraction) -> Fraction:
+        """Return what the value so far becomes."""
         match self.symbol:
             case "+":
                 return value + self.number
@@ -87,7 +98,14 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A word problem: `text` as asked, `opening` says where the `start` value comes from."""
+    """Holds a word problem and its solution.
+
+    Attributes:
+        text: as asked.
+        start: the value that the solution starts with.
+        opening: says where the start value comes from.
+        operations: the steps of the solution.
+    """
 
     text: str
     start: int
@@ -96,17 +114,19 @@ class Problem:
 
     @property
     def instruction(self) -> str:
+        """Return the text with its preamble, which is the prompt of a tree."""
         return PREAMBLE + self.text
 
     @property
     def answer(self) -> Fraction:
+        """Return the exact answer."""
         value = Fraction(self.start)
         for operation in self.operations:
             value = operation.apply(value)
         return value
 
     def is_sensible(self) -> bool:
-        """Every value on the way is positive, and the answer has at most two decimals."""
+        """Tell whether every value on the way is positive and the answer has at most two decimals."""
         value = Fraction(self.start)
         for operation in self.operations:
             value = operation.apply(value)
@@ -116,7 +136,7 @@ class Problem:
 
 
 def draw(dice: Dice) -> Problem:
-    """A sensible problem of a random family."""
+    """Draw a sensible problem of a random family."""
     while True:
         problem = dice.weighted(FAMILIES)(dice)
         if problem.is_sensible():
@@ -124,7 +144,7 @@ def draw(dice: Dice) -> Problem:
 
 
 def _changes(dice: Dice, name: str, friend: str, count: int) -> list[Operation]:
-    """`count` clauses in which the number of things of `name` changes."""
+    """Draw `count` clauses in which the number of things of `name` changes."""
     clauses = dice.shuffled(CHANGES)[:count]
     numbers = [dice.number(2, 30) for _ in clauses]
     return [
@@ -143,7 +163,7 @@ def _two_names(dice: Dice) -> tuple[str, str]:
 
 
 def possessions(dice: Dice) -> Problem:
-    """a apples, then one to three changes."""
+    """Draw a problem of some things, then one to three changes of their number."""
     name, friend = _two_names(dice)
     start, thing = dice.number(12, 95), dice.pick(THINGS)
     changes = _changes(dice, name, friend, dice.number(1, 3))
@@ -153,7 +173,7 @@ def possessions(dice: Dice) -> Problem:
 
 
 def boxes(dice: Dice) -> Problem:
-    """a boxes of b apples, then up to one change."""
+    """Draw a problem of boxes that hold equally many things, then up to one change."""
     name, friend = _two_names(dice)
     start, each = dice.number(3, 20), dice.number(3, 25)
     thing, (many, one) = dice.pick(THINGS), dice.pick(BOXES)
@@ -165,7 +185,7 @@ def boxes(dice: Dice) -> Problem:
 
 
 def share(dice: Dice) -> Problem:
-    """b liters more or less, then shared equally."""
+    """Draw a problem of an amount, up to one change of it, then sharing it equally."""
     name, friend = _two_names(dice)
     start, amount = dice.number(12, 60), dice.pick(AMOUNTS)
     parts = dice.pick((2, 4, 5, 10))
@@ -177,7 +197,7 @@ def share(dice: Dice) -> Problem:
 
 
 def shop(dice: Dice) -> Problem:
-    """Change after buying b things at a dollars."""
+    """Draw a problem of the change after buying several things at one price."""
     name = dice.pick(NAMES)
     price, count, thing = dice.number(2, 15), dice.number(2, 9), dice.pick(THINGS)
     paid = dice.pick((20, 50, 80, 100, 150, 200))
@@ -189,7 +209,7 @@ def shop(dice: Dice) -> Problem:
 
 
 def travel(dice: Dice) -> Problem:
-    """a km per hour for b hours, then c km more or back."""
+    """Draw a problem of travelling at a speed for some hours, then some km more."""
     name = dice.pick(NAMES)
     verb, fastest = dice.pick((("drives", 90), ("rides", 25), ("sails", 20), ("walks", 6)))
     speed, hours, rest = dice.number(3, fastest), dice.number(2, 9), dice.number(2, 30)
@@ -201,7 +221,7 @@ def travel(dice: Dice) -> Problem:
 
 
 def units(dice: Dice) -> Problem:
-    """A conversion, then something more or less."""
+    """Draw a problem of a conversion of units, then adding or taking away some."""
     name = dice.pick(NAMES)
     large, small, factor = dice.pick(UNITS)
     start, rest = dice.number(2, 12), dice.number(2, 30)
@@ -214,7 +234,7 @@ def units(dice: Dice) -> Problem:
 
 
 def mean(dice: Dice) -> Problem:
-    """The average of two or three numbers."""
+    """Draw a problem of the average of two or three numbers."""
     name, game = dice.pick(NAMES), dice.pick(("points", "goals", "marks"))
     scores = [dice.number(4, 60) for _ in range(dice.number(2, 3))]
     opening = f"{name} gets {scores[0]} {game}"
@@ -226,7 +246,7 @@ def mean(dice: Dice) -> Problem:
 
 
 def together(dice: Dice) -> Problem:
-    """Two people, one compared with the other, and their sum."""
+    """Draw a problem of two people, one compared with the other, and their sum."""
     name, friend = _two_names(dice)
     start, thing = dice.number(6, 50), dice.pick(THINGS)
     symbol, phrase = dice.pick((("*", "{n} times as many"), ("+", "{n} more"), ("-", "{n} fewer")))
@@ -239,7 +259,7 @@ def together(dice: Dice) -> Problem:
 
 
 def half(dice: Dice) -> Problem:
-    """Half is given away, then up to one change."""
+    """Draw a problem in which half is given away, then up to one change."""
     name, friend = _two_names(dice)
     start, amount = dice.number(10, 90), dice.pick(AMOUNTS)
     opening = f"{name} has {start} {amount}"
@@ -250,7 +270,7 @@ def half(dice: Dice) -> Problem:
 
 
 def wages(dice: Dice) -> Problem:
-    """a dollars a day for b days, then some is spent."""
+    """Draw a problem of earning some dollars a day for several days, then spending some."""
     name, what = dice.pick(NAMES), dice.pick(("a bike", "a coat", "a lamp", "a game"))
     pay, days, spent = dice.number(5, 40), dice.number(3, 12), dice.number(10, 60)
     opening = f"{name} earns {pay} dollars a day"

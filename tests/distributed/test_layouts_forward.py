@@ -17,7 +17,7 @@ from worlds import world
 
 from silva.engine.data.trees.packing import TreeBatch
 from silva.engine.errors import UserError
-from silva.engine.model import gpt, hf
+from silva.engine.model import gpt, hf, hf_export
 from silva.engine.recipe.schema import Parallel, Training
 from silva.engine.training import passes
 from silva.engine.training.metrics import SUMS
@@ -105,7 +105,7 @@ def write_gradients(
             for parameter in chunk.parameters():
                 parameter.copy_(parameter.main_grad)
     options = {"reward_format": "sequence_classification", "dtype": torch.float64}
-    hf.export(bare, shape, source=folder, folder=target, head=head, **options)
+    hf_export.export(bare, shape, source=folder, folder=target, head=head, **options)
     return float(sums[0])
 
 

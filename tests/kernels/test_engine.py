@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import world
 
+from silva.engine import objectives
 from silva.engine.training import trainer
 from silva.kernels import dispatch
 
@@ -33,6 +34,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def unfused(policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, beta):
+    """A loss that has no kernel of its own: beside the other kernels it runs through autograd."""
+    return objectives.dpo(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta)
+
+
 def run(folder: Path, name: str, output: Path, layout: dict, kernels: bool) -> None:
     rows = folder / ("sft.jsonl" if name == "sft" else "pair.jsonl")
     source = {
@@ -40,6 +46,8 @@ def run(folder: Path, name: str, output: Path, layout: dict, kernels: bool) -> N
         "format": "prompt_completion" if name == "sft" else "preference",
         "absolute": name == "bt_dr",
     }
+    if name == "unfused":
+        objectives.add(unfused)
     training = {"max_steps": STEPS, "global_batch": 2}
     recipe = tiny.recipe(
         name, folder / "model", rows, output, parallel=layout, data={"train": [source]}, training=training
@@ -60,6 +68,7 @@ def run(folder: Path, name: str, output: Path, layout: dict, kernels: bool) -> N
         ("kto", 1, {"recompute": "full"}),
         ("bt_dr", 1, {}),
         ("dpo", 2, {"tensor": 2, "sequence_parallel": True}),
+        ("unfused", 1, {}),
     ],
 )
 def test_kernels_train_as_torch_does(folder, tmp_path, name, size, layout):

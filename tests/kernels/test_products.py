@@ -35,7 +35,7 @@ def test_a_transposed_operand_adds_in_float32(tokens, rows, columns, dtype, add,
 
 @pytest.mark.parametrize("columns", [11, 122, 123])
 def test_what_stands_between_rows_is_not_read(columns, device):
-    """A block of a larger tile, whose other columns nobody has written: oneDNN's AMX product multiplied them by zero."""
+    """A block of a larger tile, whose other columns nobody wrote: oneDNN's AMX product multiplied them by zero."""
     draw = torch.Generator().manual_seed(columns)
     tile = torch.full((64, 128), torch.nan, dtype=torch.bfloat16, device=device)
     block = tile[:, :columns].copy_(torch.randn(64, columns, generator=draw))

@@ -249,7 +249,7 @@ def test_shapes_that_do_not_fit_are_refused():
             tree_attention(*arguments)
     blocks = attention_blocks(end, group=2, size=16, dtype=q.dtype)
     for wrong in [(q[:-1], k, v, end), (q[:-1], k[:-1], v[:-1], end[:-1])]:
-        with pytest.raises(ValueError, match="the mask is of"):
+        with pytest.raises(ValueError, match="the blocks are of"):
             tree_attention(*wrong, blocks=blocks)
     with pytest.raises(ValueError, match="scale"):
         tree_attention(q, k, v, end, scale=-1.0)

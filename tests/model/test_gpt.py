@@ -65,10 +65,10 @@ def test_rotary_frequencies_stay_exact_in_bfloat16(tmp_path):
     np.testing.assert_allclose(found, 1e6 ** -(np.arange(4) / 4), rtol=1e-6)
 
 
-def test_logits_of_a_trained_model_equal_transformers(shared_data):
+def test_logits_of_a_trained_model_equal_transformers(inputs):
     from transformers import LlamaForCausalLM
 
-    folder = shared_data / "models" / "stories260K" / "hf"
+    folder = inputs / "models" / "stories260K" / "hf"
     tokens = torch.randint(0, 512, (300,), generator=torch.Generator().manual_seed(1))
     [[found]] = world(1, our_logits, folder, [tokens], torch.float32)
     with torch.no_grad():

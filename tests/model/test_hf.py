@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from worlds import world
 
 from silva.engine.errors import UserError
-from silva.engine.model import gpt, hf, hf_layout
+from silva.engine.model import gpt, hf, hf_export, hf_layout
 from silva.engine.recipe.schema import Parallel
 
 
@@ -43,7 +43,7 @@ def load_and_export(
 ) -> None:
     chunks, shape = random_models.build(source, Parallel(**layout), head=head)
     options = {"dtype": torch.float32, "max_shard_size": "90KB"} | options
-    hf.export(chunks, shape, source=source, folder=folder, head=head, **options)
+    hf_export.export(chunks, shape, source=source, folder=folder, head=head, **options)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from silva.engine.data.trees.row_share import share_of
 from silva.engine.model import gpt
 from silva.engine.model.hf_layout import ModelShape
-from silva.engine.planning.built import plain_row, pretended_world
+from silva.engine.planning.built import plain_row, simulated_world
 from silva.engine.recipe.schema import Parallel
 from silva.kernels import dispatch
 
@@ -59,6 +59,6 @@ if __name__ == "__main__":
     found = []
     for case in asked["cases"]:
         layout = Parallel(recompute=case["recompute"], context=case.get("context", 1))
-        with pretended_world(layout, 0, layout.context):
+        with simulated_world(layout, 0, layout.context):
             found.append(kept(shape, asked["row_length"], layout, case))
     print(json.dumps(found))

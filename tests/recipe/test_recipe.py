@@ -270,7 +270,7 @@ def test_missing_files(recipe, tmp_path):
         ("seed: 1\nseed: 2\n", "not valid YAML: line 2, column 1: the key 'seed' stands twice"),
         (
             "a: &x {b: 1}\nc: *x\n",
-            "not valid YAML: line 2, column 4: aliases (*name) have no place in a recipe",
+            "not valid YAML: line 2, column 4: aliases (*name) are not allowed in a recipe",
         ),
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML: line 1, column 4: could not determine"),
         ("a: \x00\n", "not valid YAML: "),

@@ -1,4 +1,4 @@
-"""The reward model's extra pairs: actions of different turns of an UltraInteract tree, as single-turn answers."""
+"""Makes a reward model's extra pairs: actions of different turns of an UltraInteract tree, as single-turn answers."""
 
 import hashlib
 import itertools
@@ -8,28 +8,32 @@ from collections.abc import Sequence
 from silva.engine.data.reading.messages import Conversation, root
 from silva.engine.data.reading.parsed import answered
 
-MOST_COMBINATIONS = 10  # correct times incorrect actions of an instruction that is augmented at all
-MOST_PAIRS = 9  # of one instruction
-MOST_USES = 3  # of one action
+# an instruction is augmented only if it has at most this many combinations of correct and incorrect actions
+MOST_COMBINATIONS = 10
+# pairs made for one instruction
+MOST_PAIRS = 9
+# pairs that one action may occur in
+MOST_USES = 3
 
 
 def single_turn_pairs(
     pairs: Sequence[tuple[Conversation, Conversation]], seed: int
 ) -> list[tuple[Conversation, Conversation]]:
-    """Correct actions against incorrect actions of other turns, each as an answer to the instruction itself.
+    """Pair correct actions with incorrect actions of other turns, each as an answer to the instruction itself.
 
     Eurus, arXiv 2404.02078, appendix B: "we scale up the pairs by matching every correct action for each instruction
     with one incorrect action of other turns. This leads to NxN pairs of single-turn actions for a trajectory of depth
     N. We remove the action pairs consisting of nodes at the same turn [...] we only select instructions with
     NxN <= 10, and [...] randomly sample at most 9 pairs with each action occurring no more than 3 times."
 
-    Read so: NxN is the number of different correct times different incorrect actions of the instruction (which is
-    N squared for one trajectory of depth N); an instruction with more than 10 gets none. All combinations are drawn
-    from but those of two actions seen at the same turn. The draw depends on the texts and the seed alone, not on the
-    order of rows. The paper's count of 240K cannot be checked here.
+    This is read as follows: NxN is the number of different correct actions times that of different incorrect actions
+    of the instruction (which is N squared for one trajectory of depth N), and an instruction with more than 10 gets no
+    pair. Pairs are drawn from all combinations except those of two actions seen at the same turn. The draw depends
+    only on the texts and the seed, not on the order of rows. The paper's count of 240K cannot be checked here.
 
     Args:
-        pairs: (chosen, rejected) trajectories of one instruction; an action is a last message.
+        pairs: (chosen, rejected) trajectories of one instruction; an action is the last message of one.
+        seed: of the draw.
 
     Returns:
         (chosen, rejected) conversations of instruction and action.
@@ -37,7 +41,8 @@ def single_turn_pairs(
     if not pairs:
         return []
     instruction = root(pairs[0][0])
-    turns: tuple[dict[str, set[int]], dict[str, set[int]]] = ({}, {})  # action -> lengths of its trajectories
+    # for correct and for incorrect actions: the lengths of the trajectories that end with each action
+    turns: tuple[dict[str, set[int]], dict[str, set[int]]] = ({}, {})
     for pair in pairs:
         for actions, trajectory in zip(turns, pair, strict=True):
             actions.setdefault(trajectory[-1].content, set()).add(len(trajectory))

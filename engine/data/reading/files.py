@@ -1,6 +1,6 @@
-"""Opens a data set and iterates its rows: JSONL, JSON, Parquet, `datasets` folders, folders of files, hub.
+"""Opens a data set and iterates over its rows: JSONL, JSON, Parquet, `datasets` folders, folders of files, the hub.
 
-Rows stream; only a `.json` list is held as a whole. A row that cannot be read is still yielded, with its
+Rows are streamed; only a `.json` list is held as a whole. A row that cannot be read is still yielded, with its
 problem, so that one bad line can be counted instead of ending the run.
 """
 
@@ -22,9 +22,13 @@ _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row; `origin` is "file:12", rows and lines count from 1.
+    """Holds one row.
 
-    For an unreadable row, `fields` is None, `problem` names the kind of fault, `detail` what was found.
+    Attributes:
+        origin: place of the row, such as "file:12"; rows and lines count from 1.
+        fields: the row's fields by name; None where the row cannot be read.
+        problem: the kind of fault of a row that cannot be read.
+        detail: what was found in a row that cannot be read.
     """
 
     origin: str
@@ -34,11 +38,17 @@ class Row:
 
 
 def open_rows(path: str, split: str) -> Iterator[Row]:
-    """Finds what `path` is and returns its rows; what cannot be opened is refused here, before the first row.
+    """Find out what `path` is and return its rows.
 
-    split: names the part of a `datasets` folder or hub data set; in a folder of files it selects files whose
-        names begin with it, and all files when none is named after any split.
-    Raises UserError when nothing is there, the split does not exist, or a file is damaged or of unknown kind.
+    What cannot be opened is refused at once, before the first row is asked for.
+
+    Args:
+        path: a file, a folder of files, a folder written by `datasets`, or a name on the Hugging Face hub.
+        split: names the part of a `datasets` folder or hub data set; in a folder of files it selects the files whose
+            names begin with it, or all files when none is named after any split.
+
+    Raises:
+        UserError: nothing is there, the split does not exist, or a file is damaged or of unknown kind.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -54,7 +64,7 @@ def open_rows(path: str, split: str) -> Iterator[Row]:
 
 
 def _kind(file: Path) -> str:
-    """The known suffix a file name ends with, or ""."""
+    """Return the known suffix that a file name ends with, or ""."""
     return next((suffix for suffix in READERS if file.name.endswith(suffix)), "")
 
 
@@ -66,9 +76,16 @@ def _reader(file: Path) -> Callable[[Path, str], Iterator[Row]]:
 
 
 def fingerprint(path: str, split: str) -> str:
-    """Digest of everything `open_rows(path, split)` reads: names and bytes of files, or the hub's own digest.
+    """Compute the digest of everything that `open_rows(path, split)` reads.
 
-    Raises UserError as `open_rows` does.
+    The digest is of the names and bytes of files, or it is the hub's own.
+
+    Args:
+        path: as in `open_rows`.
+        split: as in `open_rows`.
+
+    Raises:
+        UserError: as in `open_rows`.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -98,12 +115,12 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder that belong to `split`."""
+    """List the data files of a folder that belong to `split`."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file))
     files = [
         file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
-    # the hub's description of a data set is no data
+    # this file is the hub's description of a data set and holds no rows
     files = [file for file in files if file.name != "dataset_infos.json"]
     if not files:
         raise UserError(f"data source {folder}: the folder holds no file ending in {', '.join(READERS)}")
@@ -147,10 +164,8 @@ def _json_row(line: bytes, origin: str) -> Row:
         return Row(origin, None, "the line is not UTF-8")
     except json.JSONDecodeError as error:
         return Row(origin, None, "the line is not JSON", f"{error.msg} at column {error.colno}")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # JSON by its grammar, with numbers or nesting beyond reason
+    # the grammar is that of JSON, but a number is too long or the nesting too deep to be read
+    except (ValueError, RecursionError) as error:
         return Row(origin, None, "the line cannot be read", _one_line(error))
 
 
@@ -161,7 +176,7 @@ def _checked(value: Any, origin: str) -> Row:
 
 
 def _json_list(file: Path, name: str) -> Iterator[Row]:
-    """A `.json` file: a list of objects, or JSON lines under the wrong name (then it starts with a brace)."""
+    """Read a `.json` file: a list of objects, or JSON lines under the wrong name (then it starts with a brace)."""
     try:
         with _open_bytes(file) as content:
             head = content.read(4096).lstrip()
@@ -172,7 +187,8 @@ def _json_list(file: Path, name: str) -> Iterator[Row]:
             rows = json.load(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: the gzip file is damaged or cut short ({error}); fetch it again") from None
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; too deep
+    # JSONDecodeError and UnicodeDecodeError are ValueErrors; RecursionError means that the nesting is too deep
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a JSON list ({error}); JSON lines belong in a .jsonl file") from None
     for number, value in enumerate(rows, start=1):
         yield _checked(value, f"{name}:{number}")
@@ -203,12 +219,13 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 
 
 def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
-    """A folder written by `save_to_disk`: one data set, or one per split."""
+    """Read a folder written by `save_to_disk`: one data set, or one per split."""
     import datasets
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:  # the last two: its own files lack keys
+    # TypeError and KeyError mean that the files of `datasets` lack keys
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"data source {folder}: datasets cannot load it ({_one_line(error)})") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -220,7 +237,7 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
 
 
 def _hub(name: str, split: str) -> Any:
-    """The data set of the Hugging Face hub; it keeps what it has fetched."""
+    """Load a data set of the Hugging Face hub; `datasets` caches what it has fetched."""
     import datasets
 
     try:

@@ -1,4 +1,4 @@
-"""Lists the formats of data sources: the reader of each, and what is known of its rows.
+"""Lists the formats of data sources: the reader of each, and what is known about its rows.
 
 A new format is one reader and one row of the table (and its name in `silva.engine.recipe.schema`).
 """
@@ -13,12 +13,13 @@ from silva.engine.data.reading.parsed import Kind, Parsed
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Holds a reader and what is known of its rows.
+    """Holds a reader and what is known about its rows.
 
     Attributes:
-        kinds: the kinds of data it gives.
-        needs, optional: the fields a row must and may have; "list.field" is a field of a list's items, which `columns`
-            can rename.
+        parse: reads the fields of one row.
+        kinds: the kinds of data that the reader gives.
+        needs: the fields that a row must have.
+        optional: the fields that a row may have; "list.field" is a field of a list's items, for `columns` to rename.
         grouped: whether rows with the same `Parsed.group` are one tree.
         turns: whether each row is a turn of its tree, and continues an action that another row rejects.
     """

@@ -1,6 +1,6 @@
-"""Conversations: the message shapes found in data sets, read into one form and checked.
+"""Reads the forms of conversations found in data sets into one form, and checks them.
 
-A row that cannot be used raises `BadRow`; `formats.py` decides whether that ends the run or is counted.
+A row that cannot be used raises `BadRow`; `source.py` decides whether that ends the run or is counted.
 """
 
 import re
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 
 class Message(NamedTuple):
-    role: str  # "system", "user" or "assistant"
+    """Holds one message of a conversation; its role is "system", "user" or "assistant"."""
+
+    role: str
     content: str
 
 
@@ -30,7 +32,12 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 class BadRow(Exception):
-    """A malformed row; `reason` is the kind of fault, which is counted; the message adds what was found."""
+    """Tells that a row is malformed.
+
+    Args:
+        reason: the kind of fault, by which rows are counted.
+        detail: what was found; it is added to the message.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -38,7 +45,18 @@ class BadRow(Exception):
 
 
 def text(value: Any, name: str, *, blank: bool = False) -> str:
-    """A string, not blank unless allowed, that can be written as UTF-8 (JSON can spell halves of characters)."""
+    """Check that a value is a string that can be written as UTF-8, and return it.
+
+    JSON can spell half of a surrogate pair, which is no character.
+
+    Args:
+        value: a field of a row.
+        name: what an error calls the value.
+        blank: whether the string may be blank.
+
+    Raises:
+        BadRow: the value is not such a string.
+    """
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text", f"found {type(value).__name__}")
     if not blank and not value.strip():
@@ -53,9 +71,17 @@ def text(value: Any, name: str, *, blank: bool = False) -> str:
 
 
 def messages(value: Any, name: str, *, blank: bool = False) -> Conversation:
-    """Reads a list of {"role", "content"} or {"from", "value"} items, roles as in ROLES; checks no order.
+    """Read a list of {"role", "content"} or {"from", "value"} items, with roles as in ROLES.
 
-    blank: whether a message may say nothing.
+    The order of roles is not checked.
+
+    Args:
+        value: a field of a row.
+        name: what an error calls the value.
+        blank: whether a message's content may be blank.
+
+    Raises:
+        BadRow: the value is not such a list, or it is empty.
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise BadRow(f"{name} is not a list of messages", f"found {type(value).__name__}")
@@ -78,7 +104,15 @@ def _message(item: Any, name: str, index: int, blank: bool) -> Message:
 
 
 def role(value: Any, name: str) -> str:
-    """One of "system", "user" and "assistant", from the names data sets give them."""
+    """Return "system", "user" or "assistant" for any name that data sets give to these roles.
+
+    Args:
+        value: the name, in any letter case.
+        name: what an error calls the place where the role stands.
+
+    Raises:
+        BadRow: the name is not in ROLES.
+    """
     known = ROLES.get(str(value).lower())
     if known is None:
         raise BadRow(f"{name} has an unknown role", f"{value!r}; known: {', '.join(ROLES)}")
@@ -86,7 +120,15 @@ def role(value: Any, name: str) -> str:
 
 
 def prompt(value: Any, name: str) -> Conversation:
-    """A prompt as text (one user message) or as a list of messages that ends with the user."""
+    """Read a prompt, which is text (one user message) or a list of messages that ends with the user's.
+
+    Args:
+        value: a field of a row.
+        name: what an error calls the value.
+
+    Raises:
+        BadRow: the value is no such prompt.
+    """
     if isinstance(value, str):
         return (Message("user", text(value, name)),)
     turns = messages(value, name)
@@ -96,14 +138,30 @@ def prompt(value: Any, name: str) -> Conversation:
 
 
 def answer(value: Any, name: str) -> Conversation:
-    """A completion as text (one assistant message) or as a list of messages."""
+    """Read a completion, which is text (one assistant message) or a list of messages.
+
+    Args:
+        value: a field of a row.
+        name: what an error calls the value.
+
+    Raises:
+        BadRow: the value is no such completion.
+    """
     if isinstance(value, str):
         return (Message("assistant", text(value, name)),)
     return messages(value, name)
 
 
 def human_assistant(value: Any, name: str) -> Conversation:
-    """HH-RLHF's text "\\n\\nHuman: ...\\n\\nAssistant: ..."; the one space after each colon is dropped."""
+    r"""Read HH-RLHF's text "\n\nHuman: ...\n\nAssistant: ..."; the one space after each colon is dropped.
+
+    Args:
+        value: a field of a row.
+        name: what an error calls the value.
+
+    Raises:
+        BadRow: the value is no such text.
+    """
     whole = text(value, name)
     head, *rest = _HH_TURN.split(whole)
     if head.strip() or not rest:
@@ -116,9 +174,17 @@ def human_assistant(value: Any, name: str) -> Conversation:
 
 
 def check(conversation: Conversation, name: str) -> Conversation:
-    """An optional system message, then user and assistant in turn, assistant last.
+    """Check that user and assistant alternate after an optional system message, and return the conversation.
 
-    The rule holds whatever the chat template would allow, so that the groups do not depend on the tokenizer.
+    The user comes first and the assistant last. The rule holds whatever the chat template would allow, so that the
+    groups do not depend on the tokenizer.
+
+    Args:
+        conversation: what is checked.
+        name: what an error calls the conversation.
+
+    Raises:
+        BadRow: the roles are in another order.
     """
     turns = conversation[1:] if conversation and conversation[0].role == "system" else conversation
     for index, message in enumerate(turns):
@@ -134,13 +200,13 @@ def check(conversation: Conversation, name: str) -> Conversation:
 
 
 def root(conversation: Conversation) -> Conversation:
-    """The instruction a tree grows from: everything up to the first user message."""
+    """Return the instruction that a tree begins with: everything up to and with the first user message."""
     first = next((i for i, message in enumerate(conversation) if message.role == "user"), -1)
     return conversation[: first + 1]
 
 
 def shared_prefix(left: Conversation, right: Conversation) -> Conversation:
-    """The messages both conversations start with."""
+    """Return the messages that both conversations start with."""
     count = 0
     for one, other in zip(left, right, strict=False):
         if one != other:

@@ -1,4 +1,4 @@
-"""What a reader makes of one row, and what every reader needs to make it."""
+"""Holds what a reader makes of one row, and provides what all readers need to make it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from typing import Literal
 from silva.engine.data.reading.messages import BadRow, Conversation, Message, check, shared_prefix
 
 Kind = Literal["sequence", "comparison"]
-Pair = tuple[int | None, int | None]  # chosen, rejected; one side None is unpaired feedback
+# chosen, rejected; where one side is None, it is unpaired feedback
+Pair = tuple[int | None, int | None]
 
 
 @dataclass(slots=True)
 class Parsed:
-    """What one row says. `comparisons` hold indices into this row's own `conversations`.
+    """Holds what one row says.
 
-    An empty list of conversations is a well-formed row with nothing to learn from; `reason` then says why.
-    `left_out` counts the parts of a row that is otherwise used, by `Report` entry.
+    Attributes:
+        group: id of the tree that the row belongs to, in formats whose rows are grouped.
+        conversations: empty for a row that is well formed but has nothing to learn from.
+        comparisons: indices into this row's own `conversations`.
+        reason: why there are no conversations.
+        left_out: counts the parts that are left out of a row that is otherwise used, by `Report` entry.
     """
 
     group: str
@@ -31,7 +36,10 @@ class Parsed:
     left_out: Counter[str] = field(default_factory=Counter, compare=False)
 
     def to_json(self) -> str:
-        """One line; a conversation holds what it adds to the one before. `reason` and `left_out` are not kept."""
+        """Return the row as one line of JSON, without `reason` and `left_out`.
+
+        Of each conversation it stores only what it adds to the one before it.
+        """
         told = []
         before: Conversation = ()
         for conversation in self.conversations:
@@ -42,7 +50,7 @@ class Parsed:
 
     @classmethod
     def from_json(cls, line: str) -> Parsed:
-        """The row `to_json` was called on."""
+        """Return the row that `to_json` was called on, without `reason` and `left_out`."""
         group, told, comparisons = json.loads(line)
         parsed = cls(group, [], [(chosen, rejected) for chosen, rejected in comparisons])
         before: Conversation = ()
@@ -53,7 +61,7 @@ class Parsed:
 
 
 def prompt_id(conversation: Conversation) -> str:
-    """The same messages give the same id in any file and any run."""
+    """Compute an id of a conversation; the same messages give the same id in any file and any run."""
     digest = hashlib.sha256()
     for role, content in conversation:
         digest.update(f"{role} {len(content)} {content}".encode())
@@ -61,19 +69,37 @@ def prompt_id(conversation: Conversation) -> str:
 
 
 def pair(group: str, chosen: Conversation, rejected: Conversation) -> Parsed:
-    """One comparison; raises BadRow where the two are equal or no conversations."""
+    """Make a row of one comparison.
+
+    Args:
+        group: id of the tree.
+        chosen: the better conversation.
+        rejected: the worse conversation.
+
+    Raises:
+        BadRow: the two are equal, or one of them does not pass `check`.
+    """
     if chosen == rejected:
         raise BadRow("chosen equals rejected")
     return Parsed(group, [check(chosen, "chosen"), check(rejected, "rejected")], [(0, 1)])
 
 
 def answered(base: Conversation, response: str) -> Conversation:
-    """The prompt and one assistant message."""
+    """Return the prompt followed by one assistant message."""
     return (*base, Message("assistant", response))
 
 
 def best_against_rest(base: Conversation, scored: list[tuple[Conversation, float]], reason: str) -> Parsed:
-    """All pairs of continuations of one prompt whose scores differ; equal scores are ties, never compared."""
+    """Compare all continuations of one prompt whose scores differ; equal scores are ties, which are never compared.
+
+    Args:
+        base: the prompt.
+        scored: (conversation, score) of each continuation; a higher score is better.
+        reason: why there is nothing to learn from, where no scores differ.
+
+    Raises:
+        BadRow: two equal conversations have different scores, or one does not pass `check`.
+    """
     pairs = [
         (better, worse)
         for better, worse in itertools.permutations(range(len(scored)), 2)
@@ -91,7 +117,14 @@ def best_against_rest(base: Conversation, scored: list[tuple[Conversation, float
 def compared(
     group: str, pairs: Sequence[tuple[int, int]], conversation: Callable[[int], Conversation], reason: str
 ) -> Parsed:
-    """The pairs of one row and the conversations they name, each made once."""
+    """Make a row of the given pairs and of the conversations they name, each of which is made once.
+
+    Args:
+        group: id of the tree.
+        pairs: (chosen, rejected), in any numbers that `conversation` knows.
+        conversation: returns the conversation of a number.
+        reason: why there is nothing to learn from, where there are no pairs.
+    """
     used = sorted({side for each in pairs for side in each})
     place = {side: index for index, side in enumerate(used)}
     numbered: list[Pair] = [(place[better], place[worse]) for better, worse in pairs]

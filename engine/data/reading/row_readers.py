@@ -1,7 +1,8 @@
-"""Reads rows of every flat format: a row in, its conversations and comparisons out.
+"""Reads rows of every flat format: each reader takes one row and returns its conversations and comparisons.
 
-A reader looks at one row only; `Parsed.group` says which rows belong to one tree, `source.py` merges them. The readers
-of rows that hold a whole tree are in `tree_readers.py`, the table of all of them in `formats.py`.
+A reader takes the row's fields by name and the kind of data that is wanted, and raises BadRow for a malformed row. It
+looks at one row only; `Parsed.group` says which rows belong to one tree, and `source.py` merges them. The readers of
+rows that hold a whole tree are in `tree_readers.py`, and the table of all readers is in `formats.py`.
 """
 
 import re
@@ -27,13 +28,13 @@ _TREE_ID = re.compile(r"(?P<hash>.+)_(?P<depth>\d+)_(?P<turn>\d+)")
 
 
 def ultrainteract_sft(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """openbmb/UltraInteract_sft: one correct action, its history already folded into the instruction."""
+    """Read a row of openbmb/UltraInteract_sft: one correct action, its history already folded into the instruction."""
     base = prompt(text(row["instruction"], "instruction"), "instruction")
     return Parsed(text(row["parent_id"], "parent_id"), [answered(base, text(row["response"], "response"))])
 
 
 def ultrainteract_pair(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """openbmb/UltraInteract_pair: a trajectory that ends with the user, and two actions that follow it."""
+    """Read a row of openbmb/UltraInteract_pair: a trajectory that ends with the user, and two actions after it."""
     name = text(row["id"], "id")
     parts = _TREE_ID.fullmatch(name)
     if parts is None:
@@ -53,9 +54,10 @@ def ultrainteract_pair(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def ultrafeedback(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """openbmb/UltraFeedback: several scored completions of one instruction; every pair that is not a tie.
+    """Read a row of openbmb/UltraFeedback: several scored completions of one instruction.
 
-    The score is `overall_score` or, without one, the mean of the completion's fine-grained ratings.
+    Every pair that is not a tie is compared. The score is `overall_score` or, without one, the mean of the
+    completion's fine-grained ratings.
     """
     base = prompt(row["instruction"], "instruction")
     scored = [
@@ -66,10 +68,10 @@ def ultrafeedback(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def ultrasafety(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """openbmb/UltraSafety: completions rated harmless (1) or harmful (0); one pair per instruction.
+    """Read a row of openbmb/UltraSafety: completions rated harmless (1) or harmful (0); one pair per instruction.
 
-    The pair is the first of the most harmless completions against the first of the least: the paper takes one and
-    does not say which. The row's `prompt`, the instruction inside a jailbreak, is not read.
+    The pair is the first of the most harmless completions against the first of the least harmless: the paper takes one
+    pair and does not say which. The row's `prompt`, the instruction inside a jailbreak, is not read.
     """
     base = prompt(row["instruction"], "instruction")
     scored = []
@@ -87,7 +89,7 @@ def ultrasafety(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def _completions(value: Any) -> list[tuple[Mapping[str, Any], str]]:
-    """Each completion with its response."""
+    """Return each completion with its response."""
     if not isinstance(value, list) or not value:
         raise BadRow("completions is not a list of completions", f"found {type(value).__name__}")
     for number, completion in enumerate(value, start=1):
@@ -113,18 +115,19 @@ def _rating(aspect: Any) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """Ratings come as numbers or as text such as "4" or "N/A"."""
+    """Return a rating, which comes as a number or as text such as "4" or "N/A"; None where it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if abs(number) < float("inf") else None  # NaN compares false
+    # NaN gives None as well, because every comparison with it is false
+    return number if abs(number) < float("inf") else None
 
 
 def hh_rlhf(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """Anthropic/hh-rlhf: two whole dialogues as text; their shared first messages are the prompt."""
+    """Read a row of Anthropic/hh-rlhf: two whole dialogues as text, whose shared first messages are the prompt."""
     return _whole_pair(human_assistant(row["chosen"], "chosen"), human_assistant(row["rejected"], "rejected"))
 
 
@@ -136,9 +139,10 @@ def _whole_pair(chosen: Conversation, rejected: Conversation) -> Parsed:
 
 
 def preference(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """TRL's preference formats; also the binarized UltraFeedback, whose sides repeat the prompt as messages.
+    """Read a row of TRL's preference formats, or of the binarized UltraFeedback.
 
-    A prompt given as text is one user message. Without a prompt, chosen and rejected are whole message lists.
+    The latter repeats the prompt, as messages, in chosen and rejected. A prompt given as text is one user message.
+    Without a prompt, chosen and rejected are whole message lists.
     """
     if "prompt" not in row:
         if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
@@ -152,7 +156,7 @@ def preference(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def _continued(base: Conversation, value: Any, name: str) -> Conversation:
-    """The prompt followed by an answer; an answer that itself starts with the prompt is already the whole."""
+    """Return the prompt followed by an answer; an answer that itself starts with the prompt is returned as it is."""
     tail = answer(value, name)
     if tail[: len(base)] == base:
         return tail
@@ -160,7 +164,7 @@ def _continued(base: Conversation, value: Any, name: str) -> Conversation:
 
 
 def unpaired(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """TRL's KTO format: one completion and whether it is desirable."""
+    """Read a row of TRL's KTO format: one completion, and whether it is desirable."""
     base = prompt(row["prompt"], "prompt")
     if row["label"] not in (True, False, 0, 1):
         raise BadRow("label is neither true nor false", f"found {row['label']!r}")
@@ -169,7 +173,7 @@ def unpaired(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def conversation_messages(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """Whole conversations under `messages`, or under ShareGPT's `conversations`."""
+    """Read a row that is a whole conversation, under `messages` or under ShareGPT's `conversations`."""
     name = "messages" if "messages" in row else "conversations"
     if name not in row:
         raise BadRow(
@@ -180,7 +184,7 @@ def conversation_messages(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def prompt_completion(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """TRL's prompt and completion, as text or messages; an optional `system` goes first, as in OpenOrca."""
+    """Read TRL's prompt and completion, as text or messages; an optional `system` goes first, as in OpenOrca."""
     base = prompt(row["prompt"], "prompt")
     if row.get("system"):
         base = (Message("system", text(row["system"], "system")), *base)
@@ -189,7 +193,7 @@ def prompt_completion(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def gsm8k_solutions(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """grade-school-math's example_model_solutions: one question solved by several models, right or wrong."""
+    """Read a row of grade-school-math's example_model_solutions: one question with right or wrong model solutions."""
     base = prompt(row["question"], "question")
     scored = []
     for name, value in row.items():

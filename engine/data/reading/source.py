@@ -1,7 +1,7 @@
-"""Reads a data source into groups: opens it, parses every row, merges the rows of one tree into one `Group`.
+"""Reads a data source into groups: opens it, parses every row, and merges the rows of one tree into one `Group`.
 
-The two steps stand apart so that rows can be parsed by one process and merged by others: parsing needs one row, merging
-all rows of a tree. Rows of one tree (one `parent_id`, or the same prompt) need not be adjacent.
+Parsing and merging are separate steps, so that one process can parse rows and others can merge them: parsing needs one
+row, merging needs all rows of a tree. Rows of one tree (one `parent_id`, or the same prompt) need not be adjacent.
 """
 
 import itertools
@@ -25,7 +25,13 @@ OnBadRow = Literal["refuse", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Holds indices into `Group.conversations`; one side None is unpaired feedback, for objective kto only."""
+    """Holds two indices into `Group.conversations`; if one is None, it is unpaired feedback, for objective kto only.
+
+    Attributes:
+        chosen: the better conversation.
+        rejected: the worse conversation.
+        absolute: whether the comparison also gets bt_dr's absolute-reward term.
+    """
 
     chosen: int | None
     rejected: int | None
@@ -34,9 +40,15 @@ class Comparison:
 
 @dataclass(slots=True)
 class Group:
-    """Holds one tree: all sequences of one root instruction; `origin` is its first row, such as "train.jsonl:12".
+    """Holds one tree: all sequences of one root instruction.
 
-    Where there are comparisons, equal conversations are kept once; in SFT groups duplicates stay and count.
+    Where there are comparisons, equal conversations are kept once; in SFT groups duplicates are kept and count.
+
+    Attributes:
+        id: of the tree; see `Parsed.group`.
+        conversations: the sequences.
+        comparisons: empty in SFT groups.
+        origin: place of the tree's first row, such as "train.jsonl:12".
     """
 
     id: str
@@ -46,23 +58,24 @@ class Group:
 
 
 class SourceReader:
-    """Reads one data source, whose format is settled here, once.
+    """Reads one data source; its format and columns are checked once, when the reader is made.
+
+    Args:
+        source: `source.limit` counts rows; `source.columns` maps the name that a format needs to the name that the
+            file uses.
+        kind: "sequence" for SFT data (groups without comparisons), "comparison" for preference data.
+        on_bad_row: whether a malformed row ends the reading, or is counted and left out. Rows that are well formed but
+            teach nothing (only ties, nothing correct) are always counted and left out.
 
     Attributes:
         format: of the source.
+
+    Raises:
+        UserError: a format or a column that is not known, a kind of data that the format does not give, or
+            `single_turn_pairs` for a format without turns.
     """
 
     def __init__(self, source: "Source", kind: Kind, on_bad_row: OnBadRow) -> None:
-        """
-        Args:
-            source: `source.limit` counts rows; `source.columns` maps the name a format needs to the name the file uses.
-            kind: "sequence" for SFT data (groups without comparisons), "comparison" for preference data.
-            on_bad_row: a malformed row either ends the reading, or is counted and left out. Rows that are well formed
-                but teach nothing (only ties, nothing correct) are always counted and left out.
-
-        Raises:
-            UserError: a format or a column that is not known, or a kind of data that the format does not give.
-        """
         self.source, self.kind, self.on_bad_row = source, kind, on_bad_row
         found = FORMATS.get(source.format)
         if found is None:
@@ -107,15 +120,18 @@ class SourceReader:
     def rows(
         self, report: Report, *, watch: Callable[[int], None] | None = None
     ) -> Iterator[tuple[str, Parsed]]:
-        """Open the source and yield (origin, row) of every row that teaches something.
+        """Open the source and yield every row that can be learned from.
 
         Args:
             report: counts the other rows.
-            watch: told the number of rows that were read, after each.
+            watch: called after each row with the number of rows read so far.
+
+        Yields:
+            (origin, row).
 
         Raises:
-            UserError: the source cannot be opened (at once), or holds no row, a malformed row under `on_bad_row:
-                refuse`, or no row that can be used.
+            UserError: the source cannot be opened (this is raised at once); or it holds no row, a malformed row under
+                `on_bad_row: refuse`, or no row that can be used.
         """
         opened = open_rows(self.source.path, self.source.split)
         return self._parsed(itertools.islice(opened, self.source.limit), report, watch)
@@ -139,10 +155,17 @@ class SourceReader:
             raise UserError(f"data source {self.source.path}: none of its {read} rows can be used: {reasons}")
 
     def parse(self, row: Row, report: Report) -> Parsed | None:
-        """Return what a row says; None, counted, where it says nothing that teaches.
+        """Return what a row says.
+
+        Args:
+            row: as it was read.
+            report: counts rows that are left out.
+
+        Returns:
+            What the row says; None where there is nothing to learn from.
 
         Raises:
-            UserError: a malformed row, unless `on_bad_row` is "skip": then it is counted too.
+            UserError: a malformed row, unless `on_bad_row` is "skip", which counts the row too.
         """
         try:
             parsed = self.format.parse(self._fields(row), self.kind)
@@ -157,7 +180,7 @@ class SourceReader:
         return parsed
 
     def _fields(self, row: Row) -> dict[str, Any]:
-        """Rename a row's columns; a field that is null counts as absent (that is how Parquet pads)."""
+        """Rename a row's columns; a null field counts as absent, because Parquet stores absent fields as null."""
         if row.fields is None:
             raise BadRow(row.problem, row.detail)
         fields = _renamed(row.fields, self._columns)
@@ -181,18 +204,18 @@ class SourceReader:
         """Merge rows into groups, in first-seen order.
 
         Args:
-            rows: (origin, row) in reading order; all rows of a tree, with those of other trees between.
+            rows: (origin, row) in reading order: all rows of each tree; rows of other trees may lie between them.
             report: counts the rows that do not fit their tree.
 
         Raises:
-            UserError: such a row, unless `on_bad_row` is "skip".
+            UserError: a row does not fit its tree, and `on_bad_row` is not "skip".
         """
         trees: dict[str, _Tree] = {}
         for origin, parsed in rows:
             if not self.format.grouped:
                 yield Group(origin, parsed.conversations, [], origin)
                 continue
-            # Looked up before the tree is made, so that a malformed row leaves no empty group behind.
+            # the tree is stored only after its row was added, so that a malformed row leaves no empty group behind
             tree = trees.get(parsed.group) or _Tree(parsed, origin)
             try:
                 tree.add(parsed, origin, self.source.absolute)
@@ -215,18 +238,28 @@ class SourceReader:
 
 
 class _Tree:
-    """Holds a group while its rows arrive; finds equal conversations by their text."""
+    """Holds a group while its rows are added, and finds equal conversations by their text."""
 
     def __init__(self, parsed: Parsed, origin: str) -> None:
         self.group = Group(parsed.group, [], [], origin)
         self._root = root(parsed.conversations[0])
         self._index: dict[Conversation, int] = {}
-        self._origins: list[str] = []  # of each comparison
+        # place of the row of each comparison
+        self._origins: list[str] = []
 
     def add(self, parsed: Parsed, origin: str, absolute: bool) -> None:
-        """Add one row's conversations; raises BadRow, changing nothing, if a comparison has another root."""
+        """Add one row's conversations and comparisons.
+
+        Args:
+            parsed: the row.
+            origin: place of the row.
+            absolute: whether the comparisons also get bt_dr's absolute-reward term.
+
+        Raises:
+            BadRow: a conversation of a comparison has another root than the tree; nothing is then changed.
+        """
         if not parsed.comparisons:
-            # UltraInteract_sft folds a branch's history into `instruction`: the roots of one tree may differ.
+            # UltraInteract_sft folds a branch's history into `instruction`, so the roots of one tree may differ
             self.group.conversations.extend(parsed.conversations)
             return
         if any(root(conversation) != self._root for conversation in parsed.conversations):
@@ -241,13 +274,14 @@ class _Tree:
     def check_turns(self, report: Report) -> None:
         """Count the rows that continue an action which no row of their tree rejects.
 
-        They are used as they are: UltraInteract has no row for a turn whose correct action could not be sampled
+        Such rows are used as they are: UltraInteract has no row for a turn whose correct action could not be sampled
         (the paper's appendix A.4).
         """
         pairs = self._pairs()
         rejected = {below for _, below in pairs}
         for origin, (chosen, _) in zip(self._origins, pairs, strict=True):
-            action_before = chosen[:-2]  # up to the last action, without what was observed after it
+            # up to the action before the chosen one, without what was observed after it
+            action_before = chosen[:-2]
             if action_before[1:] and action_before not in rejected:
                 report.note("the trajectory continues an action that no row of its tree rejects", origin)
 

@@ -1,6 +1,6 @@
-"""Readers of rows that hold a whole tree: MINT's trajectories, nodes that name their parents, OASST's nested replies.
+"""Reads rows that hold a whole tree: MINT's trajectories, nodes that name their parents, OASST's nested replies.
 
-No reader recurses: a tree may be as deep as it likes.
+No reader is recursive, so a tree may have any depth.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from silva.engine.data.reading.messages import (
 from silva.engine.data.reading.parsed import Kind, Parsed, best_against_rest, compared, prompt_id
 
 NODE_FIELDS = ("id", "parent", "role", "text", "correct", "rank", "score")
-ROOT = -1  # the parent of the root
+# the parent of the root
+ROOT = -1
 
 
 def mint(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """MINT: one task tried by several models, {"prompt", "trajectories": [{"success", "turns"}]}.
+    """Read a row of MINT: one task tried by several models, {"prompt", "trajectories": [{"success", "turns"}]}.
 
-    Turns start with the assistant. Every successful trajectory is compared with every unsuccessful one; SFT takes
-    the successful. A model that answers nothing leaves an empty turn, or none at all: a trajectory is cut after its
-    last action before that; it is left out if that cuts the successful action. Both are counted.
+    Turns start with the assistant. Every successful trajectory is compared with every unsuccessful one; SFT takes the
+    successful ones. A model that answers nothing leaves an empty turn, or no turn at all. A trajectory is cut after
+    its last action before that; it is left out if that would cut off the successful action. Both are counted.
     """
     base = prompt(row["prompt"], "prompt")
     tried, left_out = [], Counter[str]()
@@ -64,7 +65,7 @@ def mint(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def _whole_turns(turns: Conversation) -> Conversation:
-    """The longest beginning in which assistant and user alternate, nothing is blank and the assistant is last."""
+    """Return the longest prefix in which assistant and user alternate, nothing is blank and the assistant is last."""
     sound = 0
     for turn in turns:
         if turn.role != ("user" if sound % 2 else "assistant") or not turn.content.strip():
@@ -78,25 +79,51 @@ def _whole_turns(turns: Conversation) -> Conversation:
 
 @dataclass(slots=True)
 class Node:
-    """One text of a tree; `correct` and `score` judge an answer that says something, and nothing else."""
+    """Holds one text of a tree.
 
-    parent: int  # index, or ROOT
+    Attributes:
+        parent: index of the parent, or ROOT.
+        role: of the speaker.
+        text: may be blank.
+        correct: verdict on an assistant's text that is not blank; None for all other nodes.
+        score: of an assistant's text that is not blank, compared among siblings only; higher is better.
+    """
+
+    parent: int
     role: str
     text: str
     correct: bool | None = None
-    score: float | None = None  # higher is better, among siblings alone
+    score: float | None = None
 
 
 @dataclass(slots=True)
 class Tree:
-    """Nodes depth-first, siblings as listed."""
+    """Holds the nodes of one tree.
+
+    Attributes:
+        nodes: depth-first, siblings in the order in which the row lists them.
+        before: what is said before the root.
+        left_out: counts what is left out, by `Report` entry.
+    """
 
     nodes: list[Node]
-    before: Conversation = ()  # what is said before the root
+    before: Conversation = ()
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, parent: int, item: Mapping[str, Any], *, usual_role: str | None = None) -> int:
-        """Reads a node and gives its index; without a usual role, it has to say its own."""
+        """Read a node and append it.
+
+        Args:
+            parent: index of its parent, or ROOT.
+            item: the node's fields.
+            usual_role: of a node that names none; None where every node has to name its role.
+
+        Returns:
+            The node's index.
+
+        Raises:
+            BadRow: the node is malformed.
+        """
         judged = _judgement(item)
         speaker = usual_role if item.get("role") is None else None
         node = Node(
@@ -112,7 +139,7 @@ class Tree:
         return len(self.nodes) - 1
 
     def conversation(self, index: int) -> Conversation:
-        """The path from the root: neighbouring texts of one role are one message, blank texts add nothing."""
+        """Return the path from the root; successive texts of one role are one message, blank texts add nothing."""
         steps = []
         while index != ROOT:
             steps.append(self.nodes[index])
@@ -126,8 +153,9 @@ class Tree:
         return check(tuple(Message(speaker, "".join(said)) for speaker, said in parts), "path to a node")
 
     def correctness_pairs(self) -> list[tuple[int, int]]:
-        """Every correct answer against every incorrect one, unless one lies on the other's path."""
-        last = list(range(len(self.nodes)))  # the last node under each, as they lie depth-first
+        """Pair every correct answer with every incorrect one, unless one lies on the other's path."""
+        # the last node of each subtree; nodes lie depth-first, so a subtree is a range
+        last = list(range(len(self.nodes)))
         for index in range(len(self.nodes) - 1, 0, -1):
             parent = self.nodes[index].parent
             last[parent] = max(last[parent], last[index])
@@ -143,7 +171,7 @@ class Tree:
         ]
 
     def sibling_pairs(self) -> list[tuple[int, int]]:
-        """Every answer against every other to the same parent that has a lower score."""
+        """Pair every answer with every other answer to the same parent that has a lower score."""
         answers: dict[int, list[tuple[int, float]]] = {}
         for index, node in enumerate(self.nodes):
             if node.score is not None:
@@ -157,7 +185,7 @@ class Tree:
         ]
 
     def best_ends(self) -> list[int]:
-        """The last answers of the paths on which no answer has a better sibling."""
+        """Return the last answers of the paths on which no answer has a better sibling."""
         worse = {index for _, index in self.sibling_pairs()}
         kept: list[bool] = []
         for index, node in enumerate(self.nodes):
@@ -166,13 +194,19 @@ class Tree:
             kept[index] and node.role == "assistant" and bool(node.text.strip())
             for index, node in enumerate(self.nodes)
         ]
-        below = [False] * len(self.nodes)  # whether an answer follows
+        # whether an answer follows
+        below = [False] * len(self.nodes)
         for index in range(len(self.nodes) - 1, 0, -1):
             below[self.nodes[index].parent] |= answers[index] or below[index]
         return [index for index, answer in enumerate(answers) if answer and not below[index]]
 
     def parsed(self, kind: Kind, named: list[tuple[int, int]] | None = None) -> Parsed:
-        """What the tree teaches; `named`: the comparisons to make, instead of those its judgements give."""
+        """Return what can be learned from the tree.
+
+        Args:
+            kind: of the data wanted.
+            named: the comparisons to make, as indices of nodes; None makes those that the nodes' judgements give.
+        """
         judged = any(node.correct is not None for node in self.nodes)
         if kind == "sequence":
             ends = [index for index, node in enumerate(self.nodes) if node.correct]
@@ -200,16 +234,17 @@ def _group(conversations: Sequence[Conversation]) -> str:
 
 
 def nodes(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """Any tree as a list: {"nodes": [{"id", "parent", "role", "text", "correct" | "rank" | "score"}]}.
+    """Read any tree as a list: {"nodes": [{"id", "parent", "role", "text", "correct" | "rank" | "score"}]}.
 
-    The root is the node without `parent`. A node without `role` is the assistant's, but the root is the user's unless
-    the row has a `prompt` (text or messages), which goes before it: so a path through nodes without roles is one
-    answer in steps. Texts are joined as they are.
+    The root is the node without `parent`. A node without `role` is the assistant's. The root without `role` is the
+    user's, unless the row has a `prompt` (text or messages), which goes before the root. So a path through nodes
+    without roles is one answer in steps. Texts are joined as they are.
 
-    Compared are the answers (nodes of the assistant) that the row's `comparisons` name, as [chosen id, rejected id];
-    or every correct with every incorrect one, unless one lies on the other's path; or, in trees without `correct`,
-    siblings of different `rank` (lower is better) or `score` (higher is better). SFT takes the correct answers; in
-    trees without `correct`, the last answers of the paths on which no answer has a better sibling.
+    If the row has `comparisons`, as [chosen id, rejected id], these answers (nodes of the assistant) are compared. If
+    it has none, every correct answer is compared with every incorrect one, unless one lies on the other's path; in
+    trees without `correct`, siblings of different `rank` (lower is better) or `score` (higher is better) are compared.
+    SFT takes the correct answers; in trees without `correct`, it takes the last answers of the paths on which no
+    answer has a better sibling.
     """
     listed = _list(row["nodes"], "nodes")
     tree = Tree([], prompt(row["prompt"], "prompt") if "prompt" in row else ())
@@ -223,7 +258,18 @@ def nodes(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def _arrange(listed: Sequence[Any], tree: Tree) -> dict[str, int]:
-    """Adds the nodes depth-first and says where each id lies; raises BadRow unless they are one whole tree."""
+    """Add the nodes to `tree` depth-first.
+
+    Args:
+        listed: the nodes of the row.
+        tree: without nodes.
+
+    Returns:
+        The index in `tree` of each id.
+
+    Raises:
+        BadRow: the nodes are not one whole tree, or one of them is malformed.
+    """
     for number, item in enumerate(listed, start=1):
         if not isinstance(item, Mapping):
             raise BadRow("a node is not an object", f"number {number} is a {type(item).__name__}")
@@ -255,9 +301,9 @@ def _arrange(listed: Sequence[Any], tree: Tree) -> dict[str, int]:
 
 
 def oasst(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """OASST's message trees: {"prompt": {"text", "role", "rank", "deleted", "replies": [...]}}, nested.
+    """Read one of OASST's nested message trees: {"prompt": {"text", "role", "rank", "deleted", "replies": [...]}}.
 
-    Compared are the ranked assistant replies to one message (rank 0 is best); SFT takes the last replies of the paths
+    The ranked assistant replies to one message are compared (rank 0 is best); SFT takes the last replies of the paths
     on which each is the best ranked. Deleted messages are left out with everything under them, and counted.
     """
     tree = Tree([])
@@ -292,7 +338,7 @@ def _identifier(value: Any, name: str) -> str:
 
 
 def _judgement(item: Mapping[str, Any]) -> tuple[bool | None, float | None]:
-    """A node's (correct, score); a rank is a score the other way round."""
+    """Return a node's (correct, score); a rank counts as its negative, because a lower rank is better."""
     correct = item.get("correct")
     if correct is not None and not isinstance(correct, bool):
         raise BadRow("a node's correct is neither true nor false", f"found {correct!r}")
@@ -306,7 +352,7 @@ def _judgement(item: Mapping[str, Any]) -> tuple[bool | None, float | None]:
 
 
 def _named(pair: Any, places: Mapping[str, int]) -> tuple[int, int]:
-    """A comparison's (chosen, rejected) nodes."""
+    """Return the indices of a comparison's (chosen, rejected) nodes."""
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         raise BadRow("a comparison is not [chosen id, rejected id]", f"found {pair!r}")
     chosen, rejected = (_identifier(each, "id") for each in pair)

@@ -1,9 +1,9 @@
-"""Conversations to tokens: template, then message by message, so that shared text is shared tokens.
+"""Turns conversations into tokens, message by message, so that shared text becomes shared tokens.
 
-Order of a sequence: BOS (at most one), then per message its header (assistant only) and its body, then
-EOS if asked for. Header and body are tokenized each on their own; no merge crosses their borders, so two
-conversations that start with the same messages start with the same tokens. The text of a generation
-prompt is exactly such a border: what the model is trained to continue is what it is asked to continue.
+The order of a sequence is: BOS (at most one), then for each message its header (assistant only) and its body, then EOS
+if asked for. Header and body are tokenized separately, and no merge crosses their borders, so two conversations that
+start with the same messages start with the same tokens. A generation prompt ends at exactly such a border, so the
+model is trained to continue the same tokens that it is later asked to continue.
 """
 
 import functools
@@ -29,48 +29,57 @@ _PROBE = (Message("user", "a"), Message("assistant", "b"))
 
 @dataclass(slots=True)
 class TokenSequence:
-    """One conversation. scored[0] is always False: nothing predicts the first token."""
+    """Holds the tokens of one conversation; scored[0] is always False, because nothing predicts the first token."""
 
     tokens: NDArray[np.int32]  # (n,)
     scored: NDArray[np.bool_]  # (n,)
 
 
 class _Section(NamedTuple):
-    """A run of ids that came from one special token (`special`) or from the text between two."""
+    """Holds the ids of one special token (`special`) or of the text between two; `blank` text is white space only."""
 
     ids: list[int]
     special: bool
-    blank: bool  # text of white space only
+    blank: bool
 
 
 class ChatTokenizer:
-    """A tokenizer with a chat template.
+    """Turns conversations into tokens by a tokenizer and a chat template.
 
-    **BOS.** At most one in front. It is there if `add_bos` says so; with None, if the template writes
-    `bos_token` or the tokenizer itself adds one (its `add_bos_token`, its post-processor; a bare
-    `tokenizer.model` does). `add_bos: false` removes the BOS that comes from the template's `bos_token`,
-    not one the template spells out as text.
+    **BOS.** A sequence begins with at most one BOS. `add_bos` says whether it has one; with None, it has one if the
+    template writes `bos_token` or the tokenizer itself adds one (by its `add_bos_token` or its post-processor; a bare
+    `tokenizer.model` does). `add_bos: false` removes a BOS that comes from the template's `bos_token`, but not one
+    that the template spells out as text.
 
-    **Scored.** Of a scored assistant message: its body, that is content and end of turn; not its header,
-    and not the white space a template writes behind the end-of-turn token. Where a template writes the
-    EOS only when a next turn follows (as "eurus" does), that EOS still counts as the end of the scored
+    **Scored.** The body of a scored assistant message is scored, that is its content and the end of its turn. Its
+    header is not scored, nor is the white space that a template writes after the end-of-turn token. Where a template
+    writes the EOS only when another turn follows (as "eurus" does), that EOS still counts as the end of the scored
     message before it.
 
-    **EOS.** With `append_eos`, the tokenizer's EOS is appended, scored, if the template's text of the
-    final assistant message holds no EOS. Without it nothing is removed: a template that ends turns with
-    EOS keeps doing so.
+    **EOS.** With `append_eos`, the tokenizer's EOS is appended and scored, if the template's text of the final
+    assistant message holds no EOS. Without it nothing is removed: a template that ends turns with EOS still does so.
 
-    **Control tokens** are the tokenizer's special tokens and the added tokens that stand in the
-    template's text. They come from the template only: spelled out in a message they are tokenized as
-    plain characters, whatever the tokenizer. Other added tokens (say, "<tool_call>" where the template
-    does not use it) are recognised in messages, as transformers does.
+    **Control tokens** are the tokenizer's special tokens, and the added tokens that occur in the template's text. They
+    come from the template only: if a message spells one out, it is tokenized as plain characters, whatever the
+    tokenizer. Other added tokens (such as "<tool_call>" where the template does not use it) are recognised in
+    messages, as transformers does.
+
+    Args:
+        loaded: the tokenizer.
+        template: made for this tokenizer.
+        add_bos: whether a BOS is put in front; None leaves it to template and tokenizer.
+        append_eos: whether an EOS is appended where the template writes none.
 
     Attributes:
-        vocab_size: ids that exist, added tokens included.
-        pad_id: the padding token's id, else the unknown token's, else 0. Never the EOS: a reward model's reader looks
-            for the last token that is not padding, which may be one.
-        eos_id: None where the tokenizer has none.
-        fingerprint: sha256 of tokenizer files, template and flags: equal fingerprints tokenize equally.
+        add_bos: whether a sequence begins with a BOS.
+        vocab_size: number of ids, added tokens included.
+        pad_id: the padding token's id, else the unknown token's, else 0. It is not replaced by the EOS, because a
+            reader of rewards looks for the last token that is not padding, and that may be an EOS.
+        eos_id: None where the tokenizer has no EOS.
+        fingerprint: sha256 of tokenizer files, template and flags; equal fingerprints tokenize equally.
+
+    Raises:
+        UserError: `add_bos` or `append_eos` asks for a token that the tokenizer does not have.
     """
 
     def __init__(
@@ -102,7 +111,7 @@ class ChatTokenizer:
 
         self._added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         self._splitter = _splitter(tokenizer)
-        # the conversations of a tree share most of their messages, and come one after the other
+        # cached, because the conversations of a tree share most of their messages and come one after the other
         self._encode = functools.lru_cache(maxsize=1024)(loaded.text.encode)
         self.fingerprint = self._digest()
 
@@ -115,12 +124,16 @@ class ChatTokenizer:
         add_bos: bool | None = None,
         append_eos: bool = True,
     ) -> "ChatTokenizer":
-        """Loads the tokenizer at `path` (folder, `tokenizer.model` file or hub name) with its or another
-        template.
+        """Load a tokenizer with its own or another chat template.
 
-        chat_template: None for the tokenizer's own, "eurus", a path to a .jinja file, or an inline
-        template. Raises UserError for a missing or damaged tokenizer, no template anywhere, or one that
-        cannot be rendered.
+        Args:
+            path: a folder, a `tokenizer.model` file, or a hub name.
+            chat_template: None for the tokenizer's own, "eurus", a path to a .jinja file, or an inline template.
+            add_bos: whether a BOS is put in front; None leaves it to template and tokenizer.
+            append_eos: whether an EOS is appended where the template writes none.
+
+        Raises:
+            UserError: a missing or damaged tokenizer, no template anywhere, or one that cannot be rendered.
         """
         loaded = load(path)
         source, name = resolve(chat_template, loaded.transformers.chat_template, path)
@@ -133,10 +146,15 @@ class ChatTokenizer:
         return cls(loaded, template, add_bos=add_bos, append_eos=append_eos)
 
     def encode(self, messages: Sequence[Message], *, score: Literal["last", "all"]) -> TokenSequence:
-        """Tokenizes one conversation, which must end with an assistant message.
+        """Tokenize one conversation.
 
-        score: which assistant messages are scored, the final one or every one.
-        Raises UserError where the template cannot render the conversation or writes nothing for the answer.
+        Args:
+            messages: the last one must be the assistant's.
+            score: which assistant messages are scored, the last one or all.
+
+        Raises:
+            UserError: the last message is not the assistant's, or the template cannot render the conversation or
+                writes nothing for the answer.
         """
         if not messages or messages[-1].role != "assistant":
             raise UserError("a conversation must end with an assistant message to be trained on")
@@ -158,12 +176,14 @@ class ChatTokenizer:
         return line.sequence()
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer with its chat template, for transformers' AutoTokenizer and for `load`.
+        """Write the tokenizer with its chat template, for transformers' AutoTokenizer and for `load`.
 
-        A tokenizer that came as files is copied file by file; one built from `tokenizer.model` gets an
-        equal `tokenizer.json`. The written template writes the BOS exactly if this tokenizer puts one
-        there. Files of another tokenizer that lie in the folder are removed: mixed with these, they would
-        be read as one.
+        A tokenizer that came as files is copied file by file; one built from `tokenizer.model` gets an equal
+        `tokenizer.json`. The saved template writes the BOS if and only if this tokenizer puts one in front. Files of
+        another tokenizer in the folder are removed, because they would be read together with the new ones.
+
+        Args:
+            folder: made if it does not exist.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +194,7 @@ class ChatTokenizer:
         if self._loaded.rebuilt:
             self._loaded.transformers.save_pretrained(folder)
         for file in self._loaded.files:
-            # The built tokenizer's own files are newer than what it was read from, except the model itself.
+            # of a rebuilt tokenizer only the model is copied: its other files were just written by save_pretrained
             if not self._loaded.rebuilt:
                 shutil.copyfile(file, folder / file.name)
             elif file.name == "tokenizer.model" or len(self._loaded.files) == 1:
@@ -184,8 +204,7 @@ class ChatTokenizer:
         settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
         settings |= {"chat_template": template, "add_bos_token": self.add_bos}
         if self._loaded.rebuilt:
-            # The plain class serves the built pipeline as it is; LlamaTokenizer would replace its
-            # normalizer.
+            # the plain class loads the built pipeline as it is, and LlamaTokenizer would replace its normalizer
             settings |= {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "legacy": self._loaded.prefix_after_special,
@@ -215,7 +234,7 @@ class ChatTokenizer:
     def _sections(
         self, text: str, mark: str, *, after: Literal["nothing", "special", "text"]
     ) -> list[_Section]:
-        """Splits at the special tokens written by the template; `after` is what stands in front of `text`."""
+        """Split a text at the special tokens that the template wrote; `after` is what stands in front of `text`."""
         sections = []
         for part in self._splitter.split(text) if self._splitter else [text]:
             if not part:
@@ -234,7 +253,7 @@ class ChatTokenizer:
 
 
 class _Line:
-    """The sequence while it grows."""
+    """Holds one sequence while messages are added to it."""
 
     def __init__(self, owner: ChatTokenizer, mark: str) -> None:
         self._owner = owner
@@ -242,10 +261,11 @@ class _Line:
         self._ids: list[int] = []
         self._scored: list[bool] = []
         self._after: Literal["nothing", "special", "text"] = "nothing"
-        self._awaits_end = False  # a scored message has not yet had an EOS
+        # whether a scored message has not yet had an EOS
+        self._awaits_end = False
 
     def add(self, text: str, *, scored: bool) -> list[_Section]:
-        """Appends the ids of `text` and returns its sections."""
+        """Append the ids of `text` and return its sections."""
         owner = self._owner
         sections = owner._sections(text, self._mark, after=self._after)
         if scored:
@@ -263,20 +283,24 @@ class _Line:
         return sections
 
     def append(self, number: int | None, *, scored: bool) -> None:
-        """Appends one special token."""
+        """Append one special token."""
         assert number is not None
         self._ids.append(number)
         self._scored.append(scored)
         self._after = "special"
 
     def sequence(self) -> TokenSequence:
+        """Return what was added."""
         scored = np.array(self._scored, bool)
         scored[0] = False
         return TokenSequence(np.array(self._ids, np.int32), scored)
 
 
 def _splitter(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds added tokens, the longest first, with the white space their lstrip and rstrip flags swallow."""
+    """Return a pattern that finds added tokens, the longest first; None if there are none.
+
+    A match includes the white space that a token's lstrip and rstrip flags remove.
+    """
     tokens = sorted(
         tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True
     )

@@ -1,4 +1,4 @@
-"""Chat templates: found, rendered message by message, and split into what each message adds to the text."""
+"""Finds chat templates, renders them message by message, and splits the text into what each message adds to it."""
 
 import re
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import jinja2
 from silva.engine.data.reading.messages import Message
 from silva.engine.errors import UserError
 
-# Eurus' template. `[INST] {prompt} [/INST]` for user turns, then a space and the answer; the EOS stands
-# *between* turns only, so that `append_eos` alone decides about the last one. A system message goes
-# before the first user's.
+# Eurus' template writes `[INST] {prompt} [/INST]` for user turns, then a space and the answer. It writes the EOS only
+# *between* turns, so that `append_eos` alone decides about the last one. A system message goes before the first
+# user's.
 EURUS = (
     "{%- set found = namespace(system='', role='') -%}"
     "{%- for message in messages -%}"
@@ -30,11 +30,12 @@ EURUS = (
     "{%- endfor -%}"
 )
 BUILT_IN = {"eurus": EURUS}
-_STARTS_KEPT = 1024  # renderings remembered: far more than one tree has
+# number of cached renderings, far more than one tree has
+_STARTS_KEPT = 1024
 
 
 class Piece(NamedTuple):
-    """What one message adds to the text: `header` opens an answer (never scored), `body` follows."""
+    """Holds what one message adds to the text: `header` opens an answer (never scored), `body` follows."""
 
     role: str
     header: str
@@ -42,12 +43,19 @@ class Piece(NamedTuple):
 
 
 def resolve(chosen: str | None, own: str | dict[str, str] | None, tokenizer: str) -> tuple[str, str]:
-    """Finds the template: (its text, its name for messages).
+    """Find the chat template.
 
-    chosen: the recipe's `tokenizer.chat_template`: a built-in name, a path to a .jinja file, or an inline
-    template.
-    own: what the tokenizer brings, used where the recipe names none; of several, the one called "default".
-    Raises UserError where there is none, or `chosen` is nothing of these.
+    Args:
+        chosen: the recipe's `tokenizer.chat_template`: a built-in name, a path to a .jinja file, or an inline
+            template.
+        own: the tokenizer's own, used where the recipe names none; of several, the one called "default".
+        tokenizer: its name, for errors.
+
+    Returns:
+        The text of the template, and its name for errors.
+
+    Raises:
+        UserError: there is no template, or `chosen` is none of these.
     """
     if chosen is None:
         if isinstance(own, dict):
@@ -79,9 +87,14 @@ def resolve(chosen: str | None, own: str | dict[str, str] | None, tokenizer: str
 class ChatTemplate:
     """Renders conversations through transformers' sandboxed Jinja.
 
-    Control tokens spelled out in a message's content are marked before rendering: `marked` text holds
-    `mark` inside them, so that whoever splits the text finds only the control tokens the template itself
-    wrote.
+    Control tokens that a message's content spells out are marked before rendering: a mark is put inside each of them,
+    so that splitting the text finds only the control tokens that the template itself wrote.
+
+    Args:
+        tokenizer: of transformers.
+        source: the text of the template.
+        name: of the template, for errors.
+        control: the control tokens.
     """
 
     def __init__(self, tokenizer: Any, source: str, name: str, control: Sequence[str]) -> None:
@@ -89,13 +102,21 @@ class ChatTemplate:
         self.name = name
         self._tokenizer = tokenizer
         self._starts: dict[tuple[tuple[Message, ...], bool], str] = {}
-        # A one-character token has no inside to put the mark in; it would have to be ordinary text to
-        # begin with.
+        # a token of one character has no place inside it for the mark; it would be an ordinary character anyway
         long = sorted((token for token in control if len(token) > 1), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, long))) if long else None
 
     def render(self, messages: Sequence[Message], *, header: bool = False, **variables: str) -> str:
-        """The text of `messages`, with `header` also what opens the answer; UserError if it fails."""
+        """Render messages.
+
+        Args:
+            messages: what is rendered.
+            header: whether the text that opens an answer is added.
+            **variables: set in the template.
+
+        Raises:
+            UserError: the template cannot render these messages.
+        """
         try:
             return self._tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
@@ -104,7 +125,7 @@ class ChatTemplate:
                 add_generation_prompt=header,
                 **variables,
             )
-        # templates compute: besides Jinja's own, whatever an expression in one can raise
+        # besides Jinja's own errors, the expressions of a template can raise these
         except (
             jinja2.TemplateError,
             TypeError,
@@ -119,11 +140,20 @@ class ChatTemplate:
             ) from None
 
     def pieces(self, messages: Sequence[Message]) -> tuple[list[Piece], str]:
-        """What each message adds to the text, and the mark (empty where no content spells a control token).
+        """Split the text of a conversation into what each message adds to it.
 
-        A leading system message counts as part of the first user message, because templates may fold it
-        in there. Every rendering must start with the rendering of one message less; otherwise two
-        conversations that share messages would not share text, and UserError says so.
+        A leading system message counts as part of the first user message, because templates may fold it in there.
+        Every rendering must start with the rendering of one message less; otherwise two conversations that share
+        messages would not share text.
+
+        Args:
+            messages: a conversation.
+
+        Returns:
+            The pieces, and the mark that is inside every spelled-out control token (empty where there is none).
+
+        Raises:
+            UserError: the template cannot render the messages, or a message changes the text before it.
         """
         marked, mark = self._mark(messages)
         start = 2 if marked[0].role == "system" else 1
@@ -144,7 +174,7 @@ class ChatTemplate:
         return pieces, mark
 
     def _start(self, messages: Sequence[Message], *, header: bool = False) -> str:
-        """`render`, remembered: the conversations of a tree start alike, and come one after the other."""
+        """Render messages through a cache: the conversations of a tree start alike and come one after the other."""
         key = (tuple(messages), header)
         text = self._starts.get(key)
         if text is None:
@@ -162,7 +192,7 @@ class ChatTemplate:
         return [Message(role, self._broken(content, mark)) for role, content in messages], mark
 
     def _broken(self, content: str, mark: str) -> str:
-        """`content` with `mark` inside every control token; again where one overlapped another."""
+        """Return `content` with `mark` inside every control token; this is repeated, because tokens may overlap."""
         assert self._control is not None
         while self._control.search(content):
             content = self._control.sub(lambda found: found[0][0] + mark + found[0][1:], content)

@@ -1,7 +1,7 @@
 """Finds training instructions that occur in test sets: by shared n-grams of words, or as exact substrings.
 
-Eurus, arXiv 2404.02078, appendix A.3: 8-gram matching of UltraInteract's instructions against the test sets, and for
-LeetCode BigCode's exact substring matching.
+Eurus, arXiv 2404.02078, appendix A.3, uses 8-gram matching of UltraInteract's instructions against the test sets, and
+for LeetCode BigCode's exact substring matching.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 # A word is a run of letters and digits; in scripts without spaces each character is one.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2**64
+# odd, so that multiplying by it loses nothing modulo 2**64
+_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Match(NamedTuple):
-    """Where an instruction was found: the test set's path, and the n-gram or the test text it holds."""
+    """Holds where an instruction was found: the test set's path, and the n-gram or test text that is in both."""
 
     name: str
     text: str
@@ -37,10 +38,13 @@ class Match(NamedTuple):
 class Decontaminator:
     """Holds the test sets in a form that many processes can share.
 
-    Mode "ngram": an instruction matches if it shares `ngram` words in a row with a test text, letter case and
-    everything between words aside. A text of fewer words is compared as a whole: it matches only an instruction of
-    the same words. Mode "substring": an instruction matches if it holds a whole test text, letter case and the
-    amount of white space aside.
+    In mode "ngram", an instruction matches if it shares `ngram` successive words with a test text; letter case and
+    everything between words are ignored. A text of fewer words is compared as a whole: it matches only an instruction
+    of the same words. In mode "substring", an instruction matches if it holds a whole test text; letter case and the
+    amount of white space are ignored.
+
+    Args:
+        settings: the test sets and the mode.
 
     Attributes:
         fingerprint: hex digest of the test texts and settings.
@@ -64,12 +68,13 @@ class Decontaminator:
             return
         folded = dict.fromkeys((_folded(text), number) for number, text in texts)
         self._length = min(len(text) for text, _ in folded)
-        self._by_start: dict[str, list[tuple[str, int]]] = {}  # first `_length` letters -> test texts
+        # test texts by their first `_length` characters
+        self._by_start: dict[str, list[tuple[str, int]]] = {}
         for entry in folded:
             self._by_start.setdefault(entry[0][: self._length], []).append(entry)
 
     def match(self, instruction: str) -> Match | None:
-        """The first place of the instruction that occurs in a test set; None if none does."""
+        """Return the first place in the instruction that occurs in a test set; None if none does."""
         return self._shared_words(instruction) if self._ngram else self._held_text(instruction)
 
     def _shared_words(self, instruction: str) -> Match | None:
@@ -93,7 +98,7 @@ class Decontaminator:
 
 
 def _texts(test: EvaluationSet) -> Iterator[str]:
-    """The fields of each row as one text."""
+    """Yield the chosen fields of each row as one text."""
     rows = 0
     for row in open_rows(test.path, test.split):
         rows += 1
@@ -124,7 +129,7 @@ def _folded(text: str) -> str:
 
 
 def _hashes(words: Sequence[str], ngram: int) -> NDArray[np.uint64]:
-    """(max(1, W - ngram + 1),) 64-bit hashes of all n-grams of W words; of the whole, where it is shorter."""
+    """Compute (max(1, W - ngram + 1),) 64-bit hashes of all n-grams of W words, or of the whole where W < ngram."""
     each = np.array(
         [
             int.from_bytes(

@@ -1,9 +1,8 @@
-"""Llama's and Mistral's `tokenizer.model`: text is tokenized by the sentencepiece library itself.
+"""Reads Llama's and Mistral's `tokenizer.model` and tokenizes text by the sentencepiece library itself.
 
-transformers 5 ranks the merges of a bare `tokenizer.model` by piece number instead of piece score and so
-splits runs of spaces differently. Here sentencepiece gives the ids used in training, and `backend` builds
-the equal `tokenizers` pipeline (merges ranked by score, ties as sentencepiece breaks them) that exported
-checkpoints are served with.
+transformers 5 ranks the merges of a bare `tokenizer.model` by piece number instead of piece score, and so splits runs
+of spaces differently. Here sentencepiece gives the ids used in training, and `backend` builds the equal `tokenizers`
+pipeline (merges ranked by score, ties as sentencepiece breaks them) that exported checkpoints are served with.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,20 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from silva.engine.errors import UserError
 
 SPACE = "▁"
-_PB2: Any = sentencepiece.sentencepiece_model_pb2  # generated, without type information
+# generated code, without type information
+_PB2: Any = sentencepiece.sentencepiece_model_pb2
 _Piece = _PB2.ModelProto.SentencePiece
 
 
 def read(file: Path) -> Any | None:
-    """The model's protobuf, or None where the file is none (Llama 3 keeps tiktoken ranks under this name)."""
+    """Read a sentencepiece model.
+
+    Args:
+        file: called tokenizer.model; Llama 3 keeps tiktoken ranks under this name.
+
+    Returns:
+        The model's protobuf; None where the file is no sentencepiece model.
+    """
     proto = _PB2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
@@ -34,7 +41,10 @@ def read(file: Path) -> Any | None:
 
 
 def is_llama_style(proto: Any) -> bool:
-    """Byte-fallback BPE over unchanged text with a space in front: what `backend` is exact for."""
+    """Tell whether the model is byte-fallback BPE over unchanged text with a space in front.
+
+    For such models `backend` is exact.
+    """
     kinds = {piece.type for piece in proto.pieces}
     return (
         proto.trainer_spec.model_type == _PB2.TrainerSpec.BPE
@@ -50,7 +60,10 @@ def is_llama_style(proto: Any) -> bool:
 class SentencePieceText:
     """Tokenizes text by two processors: sentencepiece's own, and one that puts no space in front.
 
-    Neither ever yields a control token: "</s>" in a text becomes the pieces of its five characters.
+    Neither gives a control token for a text: "</s>" in a text becomes the pieces of its characters.
+
+    Args:
+        proto: the model's protobuf.
     """
 
     def __init__(self, proto: Any) -> None:
@@ -61,21 +74,24 @@ class SentencePieceText:
         self._middle = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
 
     def encode(self, text: str, *, prefix: bool) -> list[int]:
-        """The ids of `text`; `prefix` puts sentencepiece's dummy space in front."""
+        """Return the ids of `text`; `prefix` puts sentencepiece's dummy space in front."""
         return (self._start if prefix else self._middle).encode(text)
 
 
 def backend(
     proto: Any, added: Sequence[Mapping[str, Any]], *, prefix_after_special: bool, bos: str | None
 ) -> tokenizers.Tokenizer:
-    """The `tokenizers` pipeline that gives sentencepiece's ids.
+    """Build the `tokenizers` pipeline that gives sentencepiece's ids.
 
-    added: tokens outside the model as {id, content, special, ...}, in the order of their ids.
-    prefix_after_special: whether text after a special token starts with a space, as Llama's and Mistral's
-    own code
-        and transformers' `legacy` tokenizers do, or only text at the very start.
-    bos: the token the post-processor puts in front of every text, if any.
-    Raises UserError where an added token's id is not the one the vocabulary leaves for it.
+    Args:
+        proto: the model's protobuf.
+        added: tokens outside the model as {id, content, special, ...}, in the order of their ids.
+        prefix_after_special: whether text after a special token starts with a space, as in Llama's and Mistral's own
+            code and in transformers' `legacy` tokenizers, or only text at the very start.
+        bos: the token that the post-processor puts in front of every text, if any.
+
+    Raises:
+        UserError: an added token's id is not the one that the vocabulary leaves for it.
     """
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
@@ -116,10 +132,10 @@ def _add(pipeline: tokenizers.Tokenizer, added: Sequence[Mapping[str, Any]]) -> 
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """All ways to build a piece from two pieces, best score first.
+    """List all ways to build a piece from two pieces, the best score first.
 
-    sentencepiece merges the pair whose result scores best, the leftmost among equals. Only runs of spaces
-    score equal; there leftmost means that the longest left part grows first.
+    sentencepiece merges the pair whose result scores best, and the leftmost of equal ones. Only runs of spaces score
+    equal; for these, leftmost means that the longest left part grows first.
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     ranked = [

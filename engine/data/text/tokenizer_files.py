@@ -1,7 +1,7 @@
 """Finds and loads a tokenizer from a folder, a `tokenizer.model` file or the hub.
 
-Two kinds give the same interface: Llama-style sentencepiece models (text by sentencepiece, see
-`sentencepiece_tokenizer.py`) and everything else transformers loads as a fast tokenizer (`tokenizer.json`).
+Two kinds have the same interface: Llama-style sentencepiece models (whose text sentencepiece tokenizes, see
+`sentencepiece_tokenizer.py`) and everything else that transformers loads as a fast tokenizer (`tokenizer.json`).
 """
 
 import json
@@ -33,22 +33,28 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class TextEncoder(Protocol):
-    """Tokenizes text that stands between special tokens; never yields a special token."""
+    """Tokenizes text that stands between special tokens, and never gives a special token."""
 
     def encode(self, text: str, *, prefix: bool) -> list[int]:
-        """prefix: whether a tokenizer that puts a space in front of text does so here; others ignore it."""
+        """Return the ids of a text.
+
+        Args:
+            text: what is tokenized.
+            prefix: whether a tokenizer that puts a space in front of text does so here; others ignore it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedTokenizer:
-    """A tokenizer and what is known of its habits.
+    """Holds a tokenizer and what is known about its behaviour.
 
-    transformers: renders templates, names special tokens, is what an exported checkpoint is served with.
-    text: tokenizes text without special tokens.
-    prefix_after_special: whether text that follows a special token gets the tokenizer's leading space too.
-    says_bos: whether the tokenizer itself puts a BOS in front of a text.
-    files: the tokenizer files it was read from.
-    rebuilt: whether `transformers` was built from `tokenizer.model` instead of loaded from the files.
+    Attributes:
+        transformers: renders templates and names special tokens; an exported checkpoint is served with it.
+        text: tokenizes text without special tokens.
+        prefix_after_special: whether text after a special token gets the tokenizer's leading space too.
+        says_bos: whether the tokenizer itself puts a BOS in front of a text.
+        files: the tokenizer files that it was read from.
+        rebuilt: whether `transformers` was built from `tokenizer.model` instead of loaded from the files.
     """
 
     transformers: Any
@@ -60,10 +66,16 @@ class LoadedTokenizer:
 
 
 def load(path: str) -> LoadedTokenizer:
-    """Loads the tokenizer at `path`: a folder, a `tokenizer.model` file, or a hub name.
+    """Load a tokenizer.
 
-    No code that comes with a tokenizer is ever run. Raises UserError where there is no tokenizer, a file
-    is not what it claims to be, or the files of one folder do not belong together.
+    Code that comes with a tokenizer is never run.
+
+    Args:
+        path: a folder, a `tokenizer.model` file, or a hub name.
+
+    Raises:
+        UserError: there is no tokenizer, a file is not what its name says, or the files of one folder do not belong
+            together.
     """
     folder, files = _locate(path)
     settings = _json(folder / "tokenizer_config.json") if folder / "tokenizer_config.json" in files else {}
@@ -123,8 +135,7 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-# ---- sentencepiece
-# --------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- sentencepiece
 
 
 def _from_sentencepiece(
@@ -182,7 +193,7 @@ def _same_vocabulary(proto: Any, content: Mapping[str, Any], folder: Path) -> No
 
 
 def _special_tokens(proto: Any, settings: Mapping[str, Any], present: Mapping[str, Path]) -> dict[str, str]:
-    """BOS, EOS, unknown and padding token: as the files say, else as the model does."""
+    """Find the BOS, EOS, unknown and padding tokens: those that the files name, else those of the model."""
     numbers = {name: getattr(proto.trainer_spec, f"{name[:3]}_id") for name in _SPECIAL}
     found = {name: proto.pieces[number].piece for name, number in numbers.items() if number >= 0}
     mapped = _json(present["special_tokens_map.json"]) if "special_tokens_map.json" in present else {}
@@ -196,23 +207,27 @@ def _special_tokens(proto: Any, settings: Mapping[str, Any], present: Mapping[st
 
 
 def _own_template(present: Mapping[str, Path], settings: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The chat template where transformers keeps it: its own file, else the configuration."""
+    """Find the chat template where transformers keeps it: in its own file, else in the configuration."""
     if "chat_template.jinja" in present:
         return present["chat_template.jinja"].read_text(encoding="utf-8")
     if "chat_template.json" in present:
         return _json(present["chat_template.json"]).get("chat_template")
     own = settings.get("chat_template")
-    if isinstance(own, list):  # several named templates
+    # a list holds several named templates
+    if isinstance(own, list):
         return {entry["name"]: entry["template"] for entry in own}
     return own
 
 
-# ---- tokenizer.json
-# -------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- tokenizer.json
 
 
 class PipelineText:
-    """Tokenizes text by a `tokenizers` pipeline without its added tokens, with and without leading space."""
+    """Tokenizes text by a `tokenizers` pipeline without its added tokens, with or without a leading space.
+
+    Args:
+        pipeline: left as it is.
+    """
 
     def __init__(self, pipeline: tokenizers.Tokenizer) -> None:
         content = json.loads(pipeline.to_str())
@@ -223,12 +238,12 @@ class PipelineText:
         self._middle = tokenizers.Tokenizer.from_str(json.dumps(content))
 
     def encode(self, text: str, *, prefix: bool) -> list[int]:
-        """The ids of `text`, special tokens in it taken as the characters they are spelled with."""
+        """Return the ids of `text`; special tokens in it are tokenized as plain characters."""
         return (self._start if prefix else self._middle).encode(text, add_special_tokens=False).ids
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The same normalizer or pre-tokenizer, putting nothing in front of the text."""
+    """Return the same normalizer or pre-tokenizer, changed so that it puts nothing in front of the text."""
     if part is None or part["type"] == "Prepend":
         return None
     part = dict(part)
@@ -249,7 +264,8 @@ def _from_transformers(
         _json(folder / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises this very class for a tokenizer.json it cannot use
+    # tokenizers raises `Exception` itself for a tokenizer.json that it cannot use
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"tokenizer {path}: transformers cannot load it ({reason})") from None
     if not getattr(tokenizer, "is_fast", False):
@@ -270,7 +286,7 @@ def _from_transformers(
 
 
 def _prefixes_after_special(tokenizer: Any, text: PipelineText) -> bool:
-    """Tried out: does a word behind a special token get the leading space that the same word alone gets?"""
+    """Try out whether a word after a special token gets the leading space that the same word alone gets."""
     start, middle = text.encode("a", prefix=True), text.encode("a", prefix=False)
     special = next((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), None)
     if start == middle or special is None:

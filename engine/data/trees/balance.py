@@ -1,7 +1,7 @@
-"""Rows of one global batch, spread over data-parallel ranks so that the slowest is little slower than the mean.
+"""Spreads the rows of one global batch over data-parallel ranks so that the slowest is little slower than the mean.
 
-A row is one micro-batch. Ranks work through their rows side by side and then wait for each other, so what counts is
-the largest sum of costs on one rank. Every function is deterministic: all ranks come to the same plan by themselves.
+A row is one micro-batch. Ranks work through their rows in parallel and then wait for each other, so the largest sum of
+costs on one rank decides. Every function is deterministic, so all ranks make the same plan without communication.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ from numpy.typing import NDArray
 
 from silva.engine.data.trees.splitting import Part, Size
 
-TOLERANCE = 0.01  # the slowest rank is left alone when it is this near the mean
-PROBES = 6  # of the limit above which trees are cut
+# balancing ends when the slowest rank's cost exceeds the mean by at most this fraction
+TOLERANCE = 0.01
+# steps of the bisection of the cost above which trees are cut
+PROBES = 6
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What a tree costs: so much a token, so much a visible pair (a token and itself or an ancestor of it).
+    """Computes what a tree costs from its tokens and its visible pairs (of a token and itself or an ancestor of it).
 
-    Attention tiles need no term of their own: a tree's tiles are its pairs and, along their edges, a number that
-    grows with its tokens.
+    Attention tiles need no term of their own: a tree's tiles cover its pairs and, along their edges, a number of
+    places that grows with its tokens.
+
+    Attributes:
+        token: cost of one token.
+        pair: cost of one visible pair.
     """
 
     token: float
     pair: float
 
     def __call__(self, tokens: int, pairs: int) -> float:
+        """Return the cost of a tree that has these numbers of tokens and visible pairs."""
         return self.token * tokens + self.pair * pairs
 
 
@@ -42,14 +49,22 @@ BY_TOKENS = CostModel(token=1.0, pair=0.0)
 def spread(
     parts: Sequence[Part], cost: CostModel, *, ranks: int, row_length: int, multiple: int = 1
 ) -> list[list[list[Part]]]:
-    """Parts of trees into rows: rank -> row -> parts, equally many rows on every rank, the ranks' costs near-equal.
+    """Put parts of trees into rows, equally many on every rank, so that the ranks' costs are nearly equal.
 
-    The number of rows is the least that was found to hold the parts; empty rows make it up. Where whole trees leave
-    the slowest rank behind, trees are cut further: that repeats tokens, but moves work to ranks that would wait.
-    How much a tree may cost uncut is bisected, as MULTIFIT does with the size of bins (Coffman, Garey, Johnson 1978).
+    The number of rows is the least that was found to hold the parts; rows that are not needed stay empty. Where whole
+    trees leave the costs uneven, trees are cut further: that repeats tokens, but moves work to ranks that would wait.
+    The cost up to which a tree stays uncut is bisected, as MULTIFIT does with the size of bins (Coffman, Garey,
+    Johnson 1978).
 
     Args:
-        multiple: of rows per rank.
+        parts: of the global batch.
+        cost: of a tree.
+        ranks: number of data-parallel ranks.
+        row_length: most tokens of a row.
+        multiple: the number of rows per rank is a multiple of it.
+
+    Returns:
+        The parts of each row of each rank: rank -> row -> parts.
 
     Raises:
         ValueError: a single unit is longer than a row.
@@ -85,7 +100,7 @@ def spread(
 
 
 def _arrange(parts: list[Part], cost: CostModel, ranks: int, rows: int, row_length: int) -> _Table | None:
-    """The parts in rows, the ranks balanced; None if they find no room."""
+    """Put the parts into rows and balance the ranks; return None if the rows do not hold all parts."""
     tokens = [part.tokens for part in parts]
     costs = [cost(part.tokens, part.pairs) for part in parts]
     row = _by_cost(tokens, costs, ranks, rows, row_length)
@@ -101,16 +116,24 @@ def _arrange(parts: list[Part], cost: CostModel, ranks: int, rows: int, row_leng
 def _by_cost(
     tokens: list[int], costs: list[float], ranks: int, rows: int, row_length: int
 ) -> list[int] | None:
-    """Longest processing time first (Graham 1969): the costliest item to the rank with the least so far.
+    """Place items by longest processing time first (Graham 1969): the costliest item goes to the least loaded rank.
 
-    Within the rank it goes to the emptiest row, which keeps micro-batches alike.
+    Within the rank it goes to the emptiest row, which keeps micro-batches of similar size.
+
+    Args:
+        tokens: of each item.
+        costs: of each item.
+        ranks: number of ranks.
+        rows: number of rows per rank.
+        row_length: most tokens of a row.
 
     Returns:
-        the row of each item, row r belonging to rank r // rows; None if an item finds no room.
+        The row of each item, where row r belongs to rank r // rows; None if there is no room for an item.
     """
     place = [0] * len(tokens)
     room = [[row_length] * rows for _ in range(ranks)]
-    loads = [(0.0, rank) for rank in range(ranks)]  # a heap
+    # a heap
+    loads = [(0.0, rank) for rank in range(ranks)]
     for item in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
         full = []
         while loads and max(room[loads[0][1]]) < tokens[item]:
@@ -130,9 +153,9 @@ def _by_cost(
 def _by_length(
     tokens: list[int], costs: list[float], ranks: int, rows: int, row_length: int
 ) -> list[int] | None:
-    """Rows by first-fit decreasing (Johnson 1973: at most 11/9 of the fewest rows, plus one), dealt by cost.
+    """Fill rows by first-fit decreasing and assign them to ranks by cost; arguments and result are as in `_by_cost`.
 
-    Returns: as `_by_cost`.
+    First-fit decreasing takes at most 11/9 of the fewest rows, plus one (Johnson 1973).
     """
     filled: list[list[int]] = []
     room: list[int] = []
@@ -147,7 +170,8 @@ def _by_length(
         room[row] -= tokens[item]
     totals = [sum(costs[item] for item in row) for row in filled]
     place = [0] * len(tokens)
-    loads = [(0.0, rank, rank * rows) for rank in range(ranks)]  # a heap: load, rank, its next row
+    # a heap of (load, rank, next row of the rank)
+    loads = [(0.0, rank, rank * rows) for rank in range(ranks)]
     for members in sorted(range(len(filled)), key=lambda r: (-totals[r], r)):
         load, rank, row = heapq.heappop(loads)
         for item in filled[members]:
@@ -157,19 +181,20 @@ def _by_length(
     return place
 
 
-# numbers of parts of one row, what their rank keeps of them, what it gives for each
+# a way to relieve a rank: numbers of parts of one row, what their rank keeps of them, what it gives away for each
 Way = tuple[tuple[int, ...], tuple[Part, ...], tuple[Part, ...]]
 
 
 class _Table:
-    """Parts in rows while they change places; row r belongs to rank r // rows."""
+    """Holds parts in rows and moves them between ranks; row r belongs to rank r // rows."""
 
     def __init__(
         self, parts: list[Part], row: list[int], cost: CostModel, ranks: int, rows: int, row_length: int
     ) -> None:
         self.parts, self.cost, self.ranks, self.rows, self.row_length = parts, cost, ranks, rows, row_length
-        self.row = np.array(row, np.int64)  # of each part
-        self.owner = np.repeat(np.arange(ranks), rows)  # the rank of each row
+        # the row of each part, and the rank of each row
+        self.row = np.array(row, np.int64)
+        self.owner = np.repeat(np.arange(ranks), rows)
         self._count()
 
     def _count(self) -> None:
@@ -196,16 +221,23 @@ class _Table:
             self._count()
 
     def by_rank(self) -> list[list[list[Part]]]:
+        """Return the parts of each row of each rank."""
         plan: list[list[list[Part]]] = [[[] for _ in range(self.rows)] for _ in range(self.ranks)]
         for part, row in zip(self.parts, self.row.tolist(), strict=True):
             plan[row // self.rows][row % self.rows].append(part)
         return plan
 
     def _exchange(self, slowest: int, ways: list[Way]) -> bool:
-        """Give something of the slowest rank's for a cheaper part, or for nothing, where the slower of both gains most.
+        """Exchange something of the slowest rank for a cheaper part of another rank, or for nothing.
+
+        Of all exchanges, the one is made after which the slower of the two ranks has the least cost.
+
+        Args:
+            slowest: the rank.
+            ways: what it can give away.
 
         Returns:
-            whether there was such an exchange.
+            Whether an exchange was made.
         """
         if not ways:
             return False
@@ -213,7 +245,7 @@ class _Table:
         own, kept, given = (self._sizes(side) for side in (gone, [w[1] for w in ways], [w[2] for w in ways]))
         home = self.row[[way[0][0] for way in ways]]
         room = self.row_length - np.bincount(self.row, self.tokens, len(self.owner))
-        # "nothing" is a part without tokens that lies in each row, the emptiest row's first
+        # "nothing" is one part without tokens in each row, listed from the emptiest row on
         row = np.append(self.row, np.argsort(-room, kind="stable"))
         tokens, costs = np.zeros(len(row)), np.zeros(len(row))
         tokens[: len(self.parts)], costs[: len(self.parts)] = self.tokens, self.costs
@@ -237,7 +269,7 @@ class _Table:
         return True
 
     def _sizes(self, bundles: Sequence[Sequence[Part]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Columns of tokens and costs of bundles of parts."""
+        """Return the tokens and the costs of bundles of parts, as two columns (bundles, 1)."""
         tokens = [[float(sum(part.tokens for part in bundle))] for bundle in bundles]
         costs = [[sum(self.cost(part.tokens, part.pairs) for part in bundle)] for bundle in bundles]
         return np.array(tokens), np.array(costs, float)

@@ -1,10 +1,10 @@
-"""One tree's tokenized sequences, front-coded: each stores only what it adds to its predecessor.
+"""Holds one tree's tokenized sequences front-coded: each stores only what it adds to its predecessor.
 
-In a depth-first order every shared prefix is shared by neighbours. So the added tokens, one sequence after the
-other, *are* the tokens of the merged tree, and the shared lengths alone tell how large the tree of any subset of
-the sequences is: two sequences share the minimum of the shared lengths between them.
+In a depth-first order every shared prefix is shared by neighbours. So the added tokens, one sequence after the other,
+*are* the tokens of the merged tree, and the shared lengths alone tell how large the tree of any subset of the
+sequences is: two sequences share the minimum of the shared lengths between them.
 
-N sequences, U tokens of the merged tree, R runs of scored tokens, P comparisons.
+A group has N sequences, U tokens of the merged tree, R runs of scored tokens and P comparisons.
 """
 
 from __future__ import annotations
@@ -20,32 +20,45 @@ from numpy.typing import NDArray
 
 from silva.engine.data.text.chat import TokenSequence
 
-ABSENT = -1  # a comparison's missing side: unpaired feedback
+# the missing side of a comparison that is unpaired feedback
+ABSENT = -1
 Ints = NDArray[np.int32]
 Numbers = NDArray[np.integer[Any]]
 
 
 def instruction_digest(instruction: str) -> bytes:
-    """What a group is held out or drawn by: 16 bytes that depend on the first user message alone."""
+    """Compute the 16 bytes by which a group is held out or drawn; they depend on the first user message alone."""
     return hashlib.blake2b(instruction.encode(), digest_size=16).digest()
 
 
 @dataclass(slots=True)
 class TokenGroup:
-    """The sequences of one tree, depth-first, and what is compared among them.
+    """Holds the sequences of one tree, depth-first, and what is compared among them.
 
-    Equal sequences are stored each (the second adds nothing) and count each.
+    Equal sequences are all stored (the second adds no tokens), and each of them counts.
+
+    Attributes:
+        tokens: (U,) int32, what sequence 0 holds, what sequence 1 adds to it, and so on.
+        length: (N,) int32, tokens of each sequence.
+        shared: (N,) int32, tokens that each sequence shares with its predecessor; 0 for the first.
+        run_pointer: (N + 1,) int32, CSR over sequences into `runs`.
+        runs: (R, 2) int32, [start, stop) of the scored tokens of each sequence, rising and not adjacent.
+        comparisons: (P, 2) int32, (chosen, rejected) sequences, -1 where a side is absent; P = 0 for SFT.
+        absolute: (P,) bool, whether the comparison also gets L_DR.
+        instruction: of `instruction_digest`.
+        first_sequence: number of sequence 0 in the data set.
+        first_comparison: number of comparison 0 in the data set.
     """
 
-    tokens: Ints  # (U,) what sequence 0 holds, what sequence 1 adds to it, ...
-    length: Ints  # (N,) tokens of each sequence
-    shared: Ints  # (N,) tokens each shares with its predecessor; 0 for the first
-    run_pointer: Ints  # (N + 1,) CSR over sequences into `runs`
-    runs: Ints  # (R, 2) [start, stop) of the scored tokens of each sequence, rising and apart
-    comparisons: Ints  # (P, 2) (chosen, rejected) sequences, -1: absent; P = 0 for SFT
-    absolute: NDArray[np.bool_]  # (P,) whether the comparison also gets L_DR
-    instruction: bytes = b""  # of `instruction_digest`
-    first_sequence: int = 0  # number of sequence 0 in the data set
+    tokens: Ints
+    length: Ints
+    shared: Ints
+    run_pointer: Ints
+    runs: Ints
+    comparisons: Ints
+    absolute: NDArray[np.bool_]
+    instruction: bytes = b""
+    first_sequence: int = 0
     first_comparison: int = 0
 
     @classmethod
@@ -56,7 +69,14 @@ class TokenGroup:
         absolute: Sequence[bool] | NDArray = (),
         instruction: bytes = b"",
     ) -> TokenGroup:
-        """Order and front-code `sequences`; `comparisons` are renumbered accordingly."""
+        """Order and front-code sequences, and renumber comparisons accordingly.
+
+        Args:
+            sequences: in any order.
+            comparisons: (chosen, rejected) indices into `sequences`, ABSENT where a side is absent.
+            absolute: whether each comparison also gets L_DR.
+            instruction: of `instruction_digest`.
+        """
         order, shared = front_code([s.tokens for s in sequences])
         place = np.empty(len(order) + 1, np.int32)
         place[order] = np.arange(len(order))
@@ -83,23 +103,26 @@ class TokenGroup:
 
     @property
     def scored(self) -> Ints:
-        """(N,) scored tokens of each sequence."""
+        """Return the number of scored tokens of each sequence, (N,) int32."""
         before = np.append(0, np.cumsum(self.runs[:, 1] - self.runs[:, 0]))
         return np.diff(before[self.run_pointer]).astype(np.int32)
 
     def sequence(self, k: int) -> TokenSequence:
-        """Sequence `k` as it was before front-coding."""
+        """Return sequence `k` as it was before front-coding."""
         scored = np.zeros(self.length[k], bool)
         for start, stop in self.runs[self.run_pointer[k] : self.run_pointer[k + 1]]:
             scored[start:stop] = True
         return TokenSequence(self._tokens(k, 0), scored)
 
     def sequences(self) -> list[TokenSequence]:
-        """All sequences, in the group's order."""
+        """Return all sequences, in the group's order."""
         return [self.sequence(k) for k in range(len(self))]
 
     def subset(self, members: Numbers) -> TokenGroup:
-        """The group of `members` (rising) alone; comparisons, which name other sequences too, are left behind."""
+        """Return the group of `members` (rising) alone, without comparisons, which may name other sequences.
+
+        If all sequences are members, this is the group itself, with its comparisons.
+        """
         if len(members) == len(self):
             return self
         shared = self.common(members)
@@ -118,7 +141,14 @@ class TokenGroup:
         )
 
     def common(self, members: Numbers) -> Ints:
-        """(len(members),) tokens each of `members` (rising) shares with the member before it; 0 for the first."""
+        """Count the tokens that each of `members` (rising) shares with the member before it.
+
+        Args:
+            members: rising indices of sequences.
+
+        Returns:
+            (len(members),) int32; 0 for the first.
+        """
         if len(members) == len(self):
             return self.shared
         if len(members) < 2:
@@ -128,19 +158,28 @@ class TokenGroup:
         return np.append(np.int32(0), least)
 
     def merged_size(self, members: Numbers) -> tuple[int, int]:
-        """(tokens, visible pairs) of the tree of `members` (rising): a token sees itself and its ancestors."""
+        """Count the tokens and the visible pairs of the tree of some sequences.
+
+        Args:
+            members: rising indices of sequences.
+
+        Returns:
+            (tokens, visible pairs); a token sees itself and its ancestors.
+        """
         length, shared = self.length[members].astype(np.int64), self.common(members).astype(np.int64)
         pairs = (length * (length + 1) - shared * (shared + 1)).sum() // 2
         return int((length - shared).sum()), int(pairs)
 
     def _tokens(self, k: int, start: int) -> Ints:
-        """The tokens of sequence `k` from place `start` on."""
+        """Return the tokens of sequence `k` from place `start` on."""
         stop = int(self.length[k])
         found = np.empty(stop - start, np.int32)
-        end = int((self.length[: k + 1] - self.shared[: k + 1]).sum())  # of what sequence j adds
+        # end, in `tokens`, of the part that sequence j adds
+        end = int((self.length[: k + 1] - self.shared[: k + 1]).sum())
         for j in range(k, -1, -1):
             first, length = int(self.shared[j]), int(self.length[j])
-            if first < stop:  # tokens [start, stop) are still to be found
+            # tokens [start, stop) are still to be found
+            if first < stop:
                 low = max(first, start)
                 found[low - start : stop - start] = self.tokens[end - (length - low) :][: stop - low]
                 stop = low
@@ -151,10 +190,17 @@ class TokenGroup:
 
 
 def front_code(sequences: Sequence[Ints]) -> tuple[list[int], list[int]]:
-    """A depth-first order of token arrays, and how many tokens each shares with its predecessor in it.
+    """Find a depth-first order of token arrays.
 
-    Of siblings the larger subtree comes first. A block of keys is read for as long as the largest subtree that
-    begins in it; this way the block in which one branch ends and the next begins reaches over the smaller one.
+    Among siblings, the larger subtree comes first. A block of keys is read for all queries up to the end of the
+    largest subtree that begins in it. In this order, a block in which one branch ends and the next begins is read up
+    to the end of the smaller branch.
+
+    Args:
+        sequences: token ids.
+
+    Returns:
+        Indices of `sequences` in the order, and how many tokens each shares with its predecessor in it.
     """
     # big-endian bytes compare as the token ids do, and Python compares bytes in C
     keys = [tokens.astype(">u4").tobytes() for tokens in sequences]
@@ -169,7 +215,7 @@ def front_code(sequences: Sequence[Ints]) -> tuple[list[int], list[int]]:
 
     added = [0, *itertools.accumulate(n - s for n, s in zip(length, shared, strict=True))]
     order, shared_in_order = [], []
-    # sequences [first, end) and what they share with those before them
+    # sequences [first, end), and how many tokens they share with those before them
     open_subtrees = [(0, len(length), 0)] if length else []
     while open_subtrees:
         first, end, before = open_subtrees.pop()
@@ -177,7 +223,8 @@ def front_code(sequences: Sequence[Ints]) -> tuple[list[int], list[int]]:
             order.append(lexicographic[first])
             shared_in_order.append(before)
             continue
-        branch = min(shared[first + 1 : end])  # where the subtree first branches
+        # where the subtree first branches
+        branch = min(shared[first + 1 : end])
         edges = [first, *(k for k in range(first + 1, end) if shared[k] == branch), end]
         children = sorted(
             itertools.pairwise(edges),

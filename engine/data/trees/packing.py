@@ -1,6 +1,6 @@
-"""From trees to rows: `TreeBatch`, the one data structure of the engine.
+"""Packs trees into rows: each row is a `TreeBatch`, the data structure that the whole engine works on.
 
-S row length, L scored positions, N sequences, P comparisons of one row.
+S is the row length; L scored positions, N sequences and P comparisons are those of one row.
 """
 
 from __future__ import annotations
@@ -19,30 +19,58 @@ from silva.engine.data.trees.tree import Tree
 
 @dataclass(slots=True)
 class TreeBatch:
-    """One packed row. Token i sees token j iff `j <= i < subtree_end[j]`; padding sees only itself."""
+    """Holds one packed row, in which token i sees token j if and only if `j <= i < subtree_end[j]`.
 
-    tokens: Tensor  # (S,) int64
-    position: Tensor  # (S,) int32, depth of the token in its own tree: the RoPE position
-    subtree_end: Tensor  # (S,) int32, one past the last token of the subtree that hangs under this token
-    source: Tensor  # (L,) int32, index of the token whose hidden state predicts a scored token
-    target: Tensor  # (L,) int64, the scored token
-    span: Tensor  # (L,) int32, rising: the span this position adds to
-    span_pointer: Tensor  # (N + 1,) int32, with span_index: the spans whose log-probs sum to each sequence's
-    span_index: Tensor  # (span_pointer[-1],) int32
-    last: Tensor  # (N,) int32, index of each sequence's last token: where a reward is read
-    scored: Tensor  # (N,) int32, scored tokens of each sequence
-    comparisons: Tensor  # (P, 2) int32, (chosen, rejected) sequences; -1: that side is absent
-    absolute: Tensor  # (P,) bool, whether the comparison also gets the absolute-reward term L_DR
-    reference_logprob: Tensor  # (N,) float32 under the reference policy; empty for SFT and reward models
-    span_start: Tensor  # (spans + 1,) int32, the first position of each span
-    tree_start: Tensor  # (trees + 1, 3) int32, first span, sequence and comparison of each tree
+    Padding sees only itself.
+
+    Attributes:
+        tokens: (S,) int64.
+        position: (S,) int32, depth of the token in its own tree, which is the RoPE position.
+        subtree_end: (S,) int32, one past the last token of the subtree under this token.
+        source: (L,) int32, index of the token whose hidden state predicts a scored token.
+        target: (L,) int64, the scored token.
+        span: (L,) int32, rising: the span that this position adds to.
+        span_pointer: (N + 1,) int32, CSR over sequences into `span_index`.
+        span_index: (span_pointer[-1],) int32, the spans whose log-probs sum to that of each sequence.
+        last: (N,) int32, index of each sequence's last token, where a reward is read.
+        scored: (N,) int32, scored tokens of each sequence.
+        comparisons: (P, 2) int32, (chosen, rejected) sequences; -1 where that side is absent.
+        absolute: (P,) bool, whether the comparison also gets the absolute-reward term L_DR.
+        reference_logprob: (N,) float32, under the reference policy; empty for SFT and reward models.
+        span_start: (spans + 1,) int32, the first position of each span.
+        tree_start: (trees + 1, 3) int32, first span, sequence and comparison of each tree.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    subtree_end: Tensor
+    source: Tensor
+    target: Tensor
+    span: Tensor
+    span_pointer: Tensor
+    span_index: Tensor
+    last: Tensor
+    scored: Tensor
+    comparisons: Tensor
+    absolute: Tensor
+    reference_logprob: Tensor
+    span_start: Tensor
+    tree_start: Tensor
 
     def to(self, device: torch.device) -> TreeBatch:
+        """Copy the row to a device, as `to_device` does."""
         return TreeBatch(*(to_device(getattr(self, f.name), device) for f in fields(self)))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting: a copy from memory that is not page-locked waits for all that the GPU was given before it."""
+    """Copy a tensor to a device without waiting for the copy.
+
+    The tensor is page-locked first, because a copy from other memory waits for all earlier work of the GPU.
+
+    Args:
+        x: on any device.
+        device: where the copy lies.
+    """
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -50,12 +78,19 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(slots=True)
 class Piece:
-    """A tree, or the part of one that a global batch holds, with what is compared in it."""
+    """Holds a tree, or the part of one that a global batch has, with what is compared in it.
+
+    Attributes:
+        tree: the tree.
+        sequence_ids: (N,) int64, the sequences' numbers in the data set.
+        comparisons: (P, 2) int32, (chosen, rejected) indices of the tree's sequences; -1 where that side is absent.
+        absolute: (P,) bool, whether the comparison also gets L_DR.
+    """
 
     tree: Tree
-    sequence_ids: NDArray[np.int64]  # (N,) the sequences' numbers in the data set
-    comparisons: NDArray[np.int32]  # (P, 2) indices into the tree's sequences, -1: absent
-    absolute: NDArray[np.bool_]  # (P,)
+    sequence_ids: NDArray[np.int64]
+    comparisons: NDArray[np.int32]
+    absolute: NDArray[np.bool_]
 
 
 def pack_row(
@@ -65,13 +100,14 @@ def pack_row(
     pad_id: int,
     reference_logprob: NDArray[np.float32] | None = None,
 ) -> TreeBatch:
-    """Lay pieces one behind the other and pad the row to a multiple of `multiple` tokens.
+    """Put pieces one after the other and pad the row to a multiple of `multiple` tokens.
 
     Args:
-        pieces: may be empty: the row is then padding alone, with no scored position and no sequence.
-        multiple: the row length becomes the next multiple of it, at least one.
+        pieces: may be empty; the row is then only padding, with no scored position and no sequence.
+        multiple: the row length is rounded up to a multiple of it, and is never zero.
         pad_id: the token of the padding.
-        reference_logprob: (sequences of the data set,) looked up by `sequence_ids`.
+        reference_logprob: (sequences of the data set,) float32, looked up by `sequence_ids`; None leaves the row's
+            reference log-probs empty.
     """
     trees = [piece.tree for piece in pieces]
     length = sum(map(len, trees))
@@ -129,7 +165,14 @@ def pack_rows(
     pad_id: int,
     reference_logprob: NDArray[np.float32] | None = None,
 ) -> list[TreeBatch]:
-    """Pack each row with `pack_row`."""
+    """Pack each row with `pack_row`.
+
+    Args:
+        rows: pieces of each row.
+        multiple: as in `pack_row`.
+        pad_id: as in `pack_row`.
+        reference_logprob: as in `pack_row`.
+    """
     return [
         pack_row(pieces, multiple=multiple, pad_id=pad_id, reference_logprob=reference_logprob)
         for pieces in rows

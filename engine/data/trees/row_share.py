@@ -1,10 +1,11 @@
-"""One context-parallel process's share of a packed row: blocks of tokens, dealt so that all have equal attention work.
+"""Shares a packed row among context-parallel processes in blocks of tokens, so that all have equal attention work.
 
-What a token costs in attention is the number of its ancestors. The zigzag of causal sequences (first with last) does
-not even that out on trees, so blocks are dealt by weight: every process gets equally many tokens, which is what all
-other layers cost by, and nearly equally many (token, ancestor) pairs.
+What a token costs in attention is the number of its ancestors. The zigzag order of causal sequences (first block with
+last) does not balance this on trees, so blocks are dealt by weight: every process gets the same number of tokens,
+which decides the cost of all other layers, and nearly the same number of (token, ancestor) pairs.
 
-S tokens of the row, L scored positions, N sequences, R processes; s = S / R.
+A row has S tokens, L scored positions and N sequences. R processes have s = S / R tokens each; l and n are the scored
+positions and sequences of one process.
 """
 
 from __future__ import annotations
@@ -19,31 +20,45 @@ from torch import Tensor
 
 from silva.engine.data.trees.packing import TreeBatch, to_device
 
-LARGEST_BLOCK = 128  # tokens: as many query rows as the attention kernels' largest tile has
+# tokens of a block, as many as the attention kernels' largest tile has query rows
+LARGEST_BLOCK = 128
 
 
 @dataclass(slots=True)
 class RowShare:
-    """What one of R processes computes of a row, and how the parts are put together."""
+    """Holds what one of R processes computes of a row, and how the parts are put together.
 
-    index: Tensor  # (s,) int32, rising: its tokens in the row
-    dealt: Tensor  # (S,) int64: the tokens of all processes' shares, one behind the other
-    place: Tensor  # (S,) int64: where each token of the row is found there, the inverse of `dealt`
-    source: Tensor  # (l,) int32: the scored positions whose source it holds, as indices into `index`
-    scored: Tensor  # (l,) int64: the same positions among the row's L
-    last: Tensor  # (n,) int32: the sequences whose last token it holds, that token as an index into `index`
-    ended: Tensor  # (n,) int64: the same sequences among the row's N
+    Attributes:
+        index: (s,) int32, rising: the process's tokens in the row.
+        dealt: (S,) int64, the tokens of all processes' shares, one share after the other.
+        place: (S,) int64, where each token of the row is in `dealt`, the inverse of `dealt`.
+        source: (l,) int32, sources of the scored positions whose source the process holds, as indices into `index`.
+        scored: (l,) int64, the same positions among the row's L.
+        last: (n,) int32, last tokens of the sequences whose last token the process holds, as indices into `index`.
+        ended: (n,) int64, the same sequences among the row's N.
+    """
+
+    index: Tensor
+    dealt: Tensor
+    place: Tensor
+    source: Tensor
+    scored: Tensor
+    last: Tensor
+    ended: Tensor
 
     def to(self, device: torch.device) -> RowShare:
+        """Copy the share to a device, as `to_device` does."""
         return RowShare(*(to_device(getattr(self, f.name), device) for f in fields(self)))
 
 
 def share_of(row: TreeBatch, rank: int, ranks: int, *, window: int | None = None) -> RowShare:
-    """The share of process `rank` of `ranks`; the same row gives every process the same dealing.
+    """Compute the share of one process; all processes find the same shares for the same row.
 
     Args:
-        row: on the CPU, its length a multiple of `ranks`.
-        window: of the attention: a token sees at most so many ancestors.
+        row: on the CPU.
+        rank: of the process among the context-parallel processes.
+        ranks: R, by which the row's length can be divided.
+        window: how many tokens a token sees at most, itself included; None for no limit.
 
     Raises:
         ValueError: the row cannot be split into `ranks` equal parts.
@@ -75,14 +90,15 @@ def share_of(row: TreeBatch, rank: int, ranks: int, *, window: int | None = None
 
 
 def deal(position: NDArray[np.int32], ranks: int, *, window: int | None = None) -> NDArray[np.int64]:
-    """Deal a row's tokens in blocks: the heaviest first, each to the process that has least and is not full.
+    """Deal a row's tokens in blocks: the heaviest first, each to the process that has the least and is not full.
 
     Args:
-        position: (S,) depth of each token, so that it sees `position + 1` tokens.
+        position: (S,) int32, depth of each token, which sees `position + 1` tokens.
         ranks: R, by which S can be divided.
+        window: how many tokens a token sees at most, itself included; None for no limit.
 
     Returns:
-        (R, S / R) the tokens of each process, rising.
+        (R, S / R) int64, the tokens of each process, rising.
 
     Raises:
         ValueError: S is no multiple of `ranks`.
@@ -90,11 +106,12 @@ def deal(position: NDArray[np.int32], ranks: int, *, window: int | None = None) 
     size = len(position)
     if size % ranks:
         raise ValueError(
-            f"a row of {size} tokens cannot be dealt to {ranks} context-parallel processes: pack rows to a "
+            f"a row of {size} tokens cannot be divided among {ranks} context-parallel processes: pad rows to a "
             "multiple of it"
         )
     each = size // ranks
-    block = min(LARGEST_BLOCK, each & -each)  # the largest power of two that divides a share
+    # the largest power of two that divides a share, up to the largest block
+    block = min(LARGEST_BLOCK, each & -each)
     seen = position.astype(np.int64) + 1
     if window is not None:
         seen = np.minimum(seen, window)

@@ -1,4 +1,4 @@
-"""A tree that is too long or too costly for one row, cut into parts that repeat as few tokens as possible."""
+"""Cuts a tree that is too long or too costly for one row into parts that repeat as few tokens as possible."""
 
 from __future__ import annotations
 
@@ -11,57 +11,74 @@ from numpy.typing import NDArray
 
 from silva.engine.data.trees.group import TokenGroup
 
-Size = tuple[int, int]  # tokens of a tree, its visible pairs
+# tokens and visible pairs of a tree
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some units of one tree that lie in one row. A unit is a sequence, or a comparison with its sequences."""
+    """Holds some units of one tree that lie in one row; a unit is a sequence, or a comparison with its sequences.
+
+    Attributes:
+        group: the tree.
+        ids: (N,) int64, numbers of the group's sequences in the data set.
+        needs: sequences of each unit.
+        compared: the comparison of each unit; empty where units are sequences.
+        tokens: of the tree of these units.
+        pairs: visible pairs of the tree of these units; a pair is a token with itself or an ancestor.
+    """
 
     group: TokenGroup
-    ids: NDArray[np.int64]  # (N,) numbers of the group's sequences in the data set
-    needs: list[list[int]]  # sequences of each unit
-    compared: list[int]  # the comparison of each unit; empty where units are sequences
+    ids: NDArray[np.int64]
+    needs: list[list[int]]
+    compared: list[int]
     tokens: int
-    pairs: int  # visible: of a token and itself or an ancestor
+    pairs: int
 
     @classmethod
     def whole(
         cls, group: TokenGroup, ids: NDArray[np.int64], needs: list[list[int]], compared: Sequence[int] = ()
     ) -> Part:
-        """All given units."""
+        """Make one part of all given units.
+
+        Args:
+            group: the tree.
+            ids: (N,) int64, numbers of the group's sequences in the data set.
+            needs: sequences of each unit.
+            compared: the comparison of each unit; empty where units are sequences.
+        """
         return cls(group, ids, needs, list(compared), *group.merged_size(_members(needs)))
 
     @property
     def members(self) -> NDArray[np.int64]:
-        """The sequences of the part, rising."""
+        """Return the sequences of the part, rising."""
         return _members(self.needs)
 
     def cut(self, fits: Callable[[Size], bool]) -> list[Part]:
-        """Parts that fit, with few tokens in all.
+        """Cut the part into parts that fit and have few tokens in total.
 
-        Units are put in order by the places of their sequences, and dynamic programming finds among all ways to cut
-        between neighbours one with the fewest tokens. Of several such orders the best counts: which sequences most
-        comparisons share differs from data to data.
+        Units are put in order by the places of their sequences, and dynamic programming finds, among all ways to cut
+        between neighbours, one with the fewest tokens. Several such orders are tried and the best result is taken,
+        because it depends on the data which sequences most comparisons share.
 
-        **Bound.** Let U be the tokens of the whole, A of its largest unit, and D the most tokens that the units
-        before a place and those behind it share (for sequences: the longest common prefix of two neighbours).
-        Under a limit of R tokens, R > A + D, fewer than U D / (R - A - D) tokens are repeated.
-        Proof: fill parts one after the other, beginning a new one when the next unit does not fit. A part that is
-        followed by another has more than R - A tokens, of which at most D stand in earlier parts, so more than
-        R - A - D are new. The new tokens of all parts make up U, so fewer than U / (R - A - D) parts are followed
-        by another, and each of these gives rise to one repetition of at most D tokens. The best cut repeats no
-        more than this one.
+        **Bound.** Let U be the number of tokens of the whole, A that of its largest unit, and D the most tokens that
+        the units before a place and those behind it share (for sequences: the longest common prefix of two
+        neighbours). Under a limit of R tokens, R > A + D, fewer than U D / (R - A - D) tokens are repeated.
+        Proof: fill parts one after the other, and begin a new one when the next unit does not fit. A part that is
+        followed by another has more than R - A tokens, of which at most D are in earlier parts, so more than
+        R - A - D are new. The new tokens of all parts sum to U, so fewer than U / (R - A - D) parts are followed
+        by another, and each of these leads to one repetition of at most D tokens. The best cut repeats no more
+        than this one.
 
         Args:
-            fits: whether a part may have some size; false for every size larger than one it is false for.
+            fits: whether a part may have some size; if it is false for a size, it is false for every larger one.
                 A single unit is a part even if it does not fit.
         """
         ways = (self._cut(order, fits) for order in self._orders())
         return min(ways, key=lambda parts: sum(part.tokens for part in parts))
 
     def halves(self) -> Iterator[tuple[Part, Part]]:
-        """The ways to cut the part in two, between neighbours in the orders of `cut`."""
+        """Yield the ways to cut the part in two, between neighbours in the orders that `cut` tries."""
         if len(self.needs) < 2:
             return
         for order in self._orders():
@@ -77,12 +94,14 @@ class Part:
             lambda unit: self.needs[unit][::-1],
         ]
         orders = (tuple(sorted(range(len(self.needs)), key=rule)) for rule in rules)
-        return list(dict.fromkeys(orders))  # without repetition
+        # each order once
+        return list(dict.fromkeys(orders))
 
     def _cut(self, order: Sequence[int], fits: Callable[[Size], bool]) -> list[Part]:
-        """The parts of neighbouring units that have the fewest tokens in all."""
+        """Return the parts of neighbouring units that have the fewest tokens in total."""
         count = len(order)
-        best = [(0, 0, count)] * (count + 1)  # from each place on: tokens, parts, end of the first part
+        # from each place on: tokens, parts, end of the first part
+        best = [(0, 0, count)] * (count + 1)
         sizes: list[list[Size]] = [[] for _ in order]
         for first in reversed(range(count)):
             ways: list[tuple[int, int, int]] = []
@@ -105,7 +124,7 @@ class Part:
         return Part(self.group, self.ids, needs, compared, *size)
 
     def _growing(self, units: Iterable[int]) -> Iterator[Size]:
-        """Sizes of the trees of the first unit, of the first two, and so on."""
+        """Yield the sizes of the trees of the first unit, of the first two, and so on."""
         length, shared = self.group.length.tolist(), self.group.shared.tolist()
         held: list[int] = []
         tokens = pairs = 0
@@ -114,7 +133,7 @@ class Part:
                 place = bisect_left(held, sequence)
                 if place < len(held) and held[place] == sequence:
                     continue
-                # of this sequence the tree already has what it shares with its nearest neighbours there
+                # the tree already holds what this sequence shares with its nearest neighbours in the tree
                 common = min(shared[held[place - 1] + 1 : sequence + 1]) if place else 0
                 if place < len(held):
                     common = max(common, min(shared[sequence + 1 : held[place] + 1]))

@@ -1,6 +1,6 @@
-"""Radix merge: the sequences of one group become one depth-first tree in which a shared token stands once.
+"""Merges the sequences of one group into one depth-first radix tree, in which each shared token occurs once.
 
-S tokens of the tree, N sequences, L scored positions.
+A tree has S tokens, N sequences and L scored positions.
 """
 
 from __future__ import annotations
@@ -18,22 +18,35 @@ Ints = NDArray[np.int32]
 
 @dataclass(slots=True)
 class Tree:
-    """One merged group; indices are relative to the tree's first token.
+    """Holds one merged group; indices are relative to the tree's first token.
 
-    Sequences keep the order of their group; equal sequences are stored once and still count each.
+    Sequences keep the order of their group; the tokens of equal sequences are stored once, but each of them counts.
+
+    Attributes:
+        tokens: (S,) int32.
+        position: (S,) int32, depth of the token.
+        subtree_end: (S,) int32, one past the last token of the subtree under this token.
+        source: (L,) int32, the token whose hidden state predicts the scored token.
+        target: (L,) int32, the scored token's id.
+        span: (L,) int32, rising; a span is a run of scored tokens that the same sequences run through.
+        span_pointer: (N + 1,) int32, CSR over sequences into `span_index`.
+        span_index: (span_pointer[-1],) int32, the spans of each sequence.
+        last: (N,) int32, index of each sequence's last token.
+        unrolled: tokens of all sequences, each counted alone.
+        scored: (N,) int32, scored tokens of each sequence.
     """
 
-    tokens: Ints  # (S,)
-    position: Ints  # (S,) depth of the token
-    subtree_end: Ints  # (S,) one past the last token of the subtree under this token
-    source: Ints  # (L,) the token whose hidden state predicts the scored token
-    target: Ints  # (L,) the scored token's id
-    span: Ints  # (L,) rising; a span is a run of scored tokens that the same sequences run through
-    span_pointer: Ints  # (N + 1,) CSR over sequences
-    span_index: Ints  # (span_pointer[-1],)
-    last: Ints  # (N,) index of each sequence's last token
-    unrolled: int  # tokens of all sequences, each alone
-    scored: Ints  # (N,) scored tokens of each sequence
+    tokens: Ints
+    position: Ints
+    subtree_end: Ints
+    source: Ints
+    target: Ints
+    span: Ints
+    span_pointer: Ints
+    span_index: Ints
+    last: Ints
+    unrolled: int
+    scored: Ints
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,45 +54,53 @@ class Tree:
 
 @dataclass(slots=True)
 class _Path:
-    """The current sequence's way through the tree: stretches of neighbouring indices, found without its tokens.
+    """Holds the current sequence's path through the tree as stretches of successive indices.
 
-    A group's tokens already lie depth-first, so following the shared lengths from sequence to sequence gives
-    every token's subtree and parent. Each stretch is opened and closed once: the work is linear in sequences.
+    A group's tokens already lie depth-first, so following the shared lengths from sequence to sequence gives every
+    token's subtree and parent, without reading the tokens. Each stretch is opened and closed once, so the work is
+    linear in the number of sequences.
+
+    Attributes:
+        subtree_end: of every token, as in `Tree`; it is filled here.
+        depth: at which each stretch begins.
+        index: of the first token of each stretch.
+        length: tokens on the path.
+        borders: indices at which radix nodes begin.
     """
 
     subtree_end: Ints
-    depth: list[int] = field(default_factory=list)  # at which each stretch begins
-    index: list[int] = field(default_factory=list)  # of its first token
-    length: int = 0  # tokens on the path
-    # indices at which a radix node or a run of scoring begins
+    depth: list[int] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
+    length: int = 0
     borders: list[int] = field(default_factory=list)
 
     def at(self, depth: int) -> int:
-        """Index of the token at a depth of the last stretch."""
+        """Return the index of the token at a depth of the last stretch."""
         return self.index[-1] + depth - self.depth[-1]
 
     def leave(self, depth: int, end: int) -> None:
-        """Cut the path to `depth` tokens; the subtrees of those behind it end at `end`."""
+        """Cut the path to `depth` tokens; the subtrees of the tokens that are cut off end at index `end`."""
         while self.depth and self.depth[-1] >= depth:
             first = self.index[-1]
             self.subtree_end[first : self.at(self.length)] = end
             self.length = self.depth.pop()
             self.index.pop()
-        if self.length > depth:  # the branching point lies within a stretch
+        # the branching point lies within a stretch
+        if self.length > depth:
             first = self.at(depth)
             self.subtree_end[first : self.at(self.length)] = end
             self.borders.append(first)
             self.length = depth
 
     def extend(self, index: int, length: int) -> None:
-        """Go on with new tokens from `index` until the path has `length`."""
+        """Continue the path with new tokens from `index` on until it has `length` tokens."""
         self.depth.append(self.length)
         self.index.append(index)
         self.borders.append(index)
         self.length = length
 
     def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The tokens at depths [start, stop) as ranges of indices."""
+        """Return the tokens at depths [start, stop) as ranges of indices."""
         found = []
         k = bisect_right(self.depth, start) - 1
         while start < stop:
@@ -93,12 +114,13 @@ class _Path:
 def merge(group: TokenGroup) -> Tree:
     """Merge a group's sequences token by token into one radix tree, laid out in the group's depth-first order.
 
-    Two sequences share a token iff all tokens up to it are equal. Whether a token is scored belongs to the
-    sequence, not to the token: an action can be one sequence's response and another's history.
+    Two sequences share a token if and only if all tokens up to it are equal. Whether a token is scored belongs to the
+    sequence, not to the token: an action can be one sequence's response and part of another's history.
     """
     size = len(group.tokens)
     added = group.length - group.shared
-    begin = np.cumsum(added) - added  # index of the first token each sequence adds
+    # index of the first token that each sequence adds
+    begin = np.cumsum(added) - added
     index = np.arange(size, dtype=np.int32)
     parent = index - 1
     path = _Path(np.full(size, size, np.int32))
@@ -126,7 +148,7 @@ def merge(group: TokenGroup) -> Tree:
     starts[ranges] = True
     run = np.cumsum(starts)[positions]
     span = np.cumsum(np.diff(run, prepend=run[:1]) != 0, dtype=np.int32)
-    # a range is scored throughout, so its spans are neighbours
+    # all tokens of a range are scored, so its spans are neighbours
     first, final = (span[np.searchsorted(positions, edge)] for edge in (ranges[:, 0], ranges[:, 1] - 1))
     spans = final - first + 1
     before = np.cumsum(spans) - spans

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import own_inputs
 import pytest
 import reading
 from hypothesis import given
@@ -215,9 +216,9 @@ def test_a_turn_whose_parent_has_no_row_is_used_and_noted(tmp_path):
     assert not report.counts
 
 
-def test_the_row_of_the_eurus_readme(shared_data, tmp_path):
+def test_the_row_of_the_eurus_readme(inputs, tmp_path):
     """A row as its authors print it: turn 3 of 5, alone."""
-    page = (shared_data / "ultrainteract_readme" / "Eurus_README.md").read_text(encoding="utf-8")
+    page = (inputs / "ultrainteract_readme" / "Eurus_README.md").read_text(encoding="utf-8")
     text = page[page.index("## Preference Learning") :]
     text = text[text.index("{") : text.index("```\n", text.index("{"))]
     text = re.sub(r'(?m)(?<=[",\]{}\[])\s*//.*$', "", text)  # its comments
@@ -573,13 +574,15 @@ def test_prompt_completion_with_columns(tmp_path):
     ]
 
 
-def test_gsm8k_solutions_have_the_published_counts(shared_data):
-    path = shared_data / "gsm8k" / "example_model_solutions.jsonl.gz"
+def test_gsm8k_solutions_have_the_published_counts(inputs):
+    published = {"both": 731, "pairs": 2429, "questions": 1319, "right": 2001}
+    counts = published if inputs.real else own_inputs.GSM8K
+    path = inputs / "gsm8k" / "example_model_solutions.jsonl.gz"
     report = Report()
     groups = read(path, "gsm8k_solutions", report=report)
-    assert len(groups) == 731
-    assert sum(len(group.comparisons) for group in groups) == 2429
-    assert sum(report.counts.values()) == 1319 - 731
+    assert len(groups) == counts["both"]
+    assert sum(len(group.comparisons) for group in groups) == counts["pairs"]
+    assert sum(report.counts.values()) == counts["questions"] - counts["both"]
 
     with gzip.open(path, "rt") as lines:
         first = json.loads(next(lines))
@@ -597,8 +600,8 @@ def test_gsm8k_solutions_have_the_published_counts(shared_data):
 
     report = Report()
     groups = read(path, "gsm8k_solutions", kind="sequence", report=report)
-    assert sum(len(group.conversations) for group in groups) == 2001  # of 1319 * 4 solutions
-    assert len(groups) + report.counts["skipped: no correct solution"] == 1319
+    assert sum(len(group.conversations) for group in groups) == counts["right"]
+    assert len(groups) + report.counts["skipped: no correct solution"] == counts["questions"]
 
 
 # ---- files ---------------------------------------------------------------------------------------

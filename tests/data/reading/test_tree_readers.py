@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 
+import own_inputs
 import pytest
 import reading
 
@@ -104,8 +105,10 @@ def test_mint_leaves_out_what_has_lost_its_last_action(lost):
     ("name", "tasks", "pairs", "successes"),
     [("gsm8k", 45, 2130, 272), ("math", 64, 1876, 173), ("mbpp", 54, 1652, 188)],
 )
-def test_real_mint_trajectories(shared_data, name, tasks, pairs, successes):
-    path = shared_data / "mint_trees" / f"mint_{name}_open15.jsonl.gz"
+def test_whole_mint_files(inputs, name, tasks, pairs, successes):
+    if not inputs.real:
+        tasks, pairs, successes = own_inputs.MINT.values()
+    path = inputs / "mint_trees" / f"mint_{name}_open15.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     wins = [sum(one["success"] for one in row["trajectories"]) for row in rows]
@@ -248,11 +251,12 @@ def test_equal_texts_with_two_verdicts_are_not_compared():
     assert parsed.left_out == {"skipped: comparison whose chosen equals rejected": 1}
 
 
-def test_real_game_of_24_trees(shared_data):
+def test_whole_game_of_24_trees(inputs):
     """The counts of the manifest, and the pairs counted from leaves' own paths."""
-    path = shared_data / "tot_game24" / "trees.jsonl.gz"
+    both, pairs, right = (67, 1591, 121) if inputs.real else own_inputs.GAME24.values()
+    path = inputs / "tot_game24" / "trees.jsonl.gz"
     groups = read(path, "nodes", columns={"prompt": "input"})
-    assert len(groups) == 67
+    assert len(groups) == both
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     leaves = [[node["correct"] for node in row["nodes"] if node.get("correct") is not None] for row in rows]
@@ -263,9 +267,9 @@ def test_real_game_of_24_trees(shared_data):
     }
     assert not any(sum(one) for one, row in zip(leaves, rows, strict=True) if row["idx"] in blank)
     expected = sum(sum(one) * (len(one) - sum(one)) for one in leaves)
-    assert sum(len(group.comparisons) for group in groups) == expected == 1591
+    assert sum(len(group.comparisons) for group in groups) == expected == pairs
     sequences = read(path, "nodes", "sequence", columns={"prompt": "input"})
-    assert sum(len(group.conversations) for group in sequences) == 121
+    assert sum(len(group.conversations) for group in sequences) == right
     assert all(len(one) == 2 for group in sequences for one in group.conversations)
 
 

@@ -49,8 +49,8 @@ def scored_ids(sequence):
 
 
 @pytest.fixture(scope="session")
-def mistral(shared_data) -> Path:
-    return shared_data / "tokenizers" / "mistral-v1"
+def mistral(inputs) -> Path:
+    return inputs / "tokenizers" / "mistral-v1"
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +81,8 @@ def small(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def questions(shared_data):
-    with gzip.open(shared_data / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+def questions(inputs):
+    with gzip.open(inputs / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(next(lines)) for _ in range(300)]
 
 
@@ -128,8 +128,8 @@ def test_sentencepiece_on_gsm8k(eurus, pieces, questions):
 
 
 @pytest.mark.parametrize("name", ["mistral-v1", "llama2"])
-def test_the_pipeline_written_for_serving_equals_sentencepiece(shared_data, name, questions):
-    folder = shared_data / "tokenizers" / name
+def test_the_pipeline_written_for_serving_equals_sentencepiece(inputs, name, questions):
+    folder = inputs / "tokenizers" / name
     truth = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokenizer = ChatTokenizer.load(str(folder), chat_template="eurus")
     serving = tokenizer._loaded.transformers.backend_tokenizer
@@ -142,14 +142,14 @@ def test_the_pipeline_written_for_serving_equals_sentencepiece(shared_data, name
         assert serving.encode(text, add_special_tokens=False).ids == truth.encode(text), repr(text)
 
 
-def test_a_file_path_is_enough(mistral, eurus):
+def test_a_file_path_is_enough(mistral, eurus, pieces):
     single = ChatTokenizer.load(str(mistral / "tokenizer.model"), chat_template="eurus")
     messages = conversation("a  b", "c")
     assert (
         single.encode(messages, score="last").tokens.tolist()
         == eurus.encode(messages, score="last").tokens.tolist()
     )
-    assert (eurus.vocab_size, eurus.eos_id, eurus.add_bos) == (32000, 2, True)
+    assert (eurus.vocab_size, eurus.eos_id, eurus.add_bos) == (pieces.get_piece_size(), 2, True)
 
 
 def test_eurus_template_over_several_turns(eurus, pieces):
@@ -182,8 +182,9 @@ def test_control_tokens_in_messages_stay_text(eurus, pieces):
 def test_added_tokens_beside_a_sentencepiece_model(mistral, tmp_path, pieces):
     """A Llama-style fine-tune with ChatML tokens: ids from the configuration, text from sentencepiece."""
     (tmp_path / "tokenizer.model").write_bytes((mistral / "tokenizer.model").read_bytes())
+    size = pieces.get_piece_size()
     added = {
-        str(32000 + i): {"content": name, "special": True}
+        str(size + i): {"content": name, "special": True}
         for i, name in enumerate(["<|im_end|>", "<|im_start|>"])
     }
     settings = {
@@ -194,17 +195,17 @@ def test_added_tokens_beside_a_sentencepiece_model(mistral, tmp_path, pieces):
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = ChatTokenizer.load(str(tmp_path))
-    assert (tokenizer.vocab_size, tokenizer.eos_id) == (32002, 32000)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (size + 2, size)
     sequence = tokenizer.encode(conversation("a  <|im_end|>", "b"), score="last")
     bare = tokenizer._loaded.text
     plain = lambda text: bare.encode(text, prefix=False)  # noqa: E731
     assert sequence.tokens.tolist() == [
-        *[1, 32001, *plain("user\na  <|im_end|>"), 32000, *plain("\n")],
-        *[32001, *plain("assistant\n"), *plain("b"), 32000, *plain("\n")],
+        *[1, size + 1, *plain("user\na  <|im_end|>"), size, *plain("\n")],
+        *[size + 1, *plain("assistant\n"), *plain("b"), size, *plain("\n")],
     ]
-    assert scored_ids(sequence) == [*plain("b"), 32000]
+    assert scored_ids(sequence) == [*plain("b"), size]
 
-    added["32000"]["content"], added["32003"] = "</s>", added.pop("32001")
+    added[str(size)]["content"], added[str(size + 3)] = "</s>", added.pop(str(size + 1))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="they do not fit"):
         ChatTokenizer.load(str(tmp_path))

@@ -169,9 +169,9 @@ def test_a_test_set_that_is_not_there(tmp_path):
         built(tmp_path / "absent.jsonl")
 
 
-def test_gsm8k_questions(shared_data):
+def test_gsm8k_questions(inputs):
     """Every group made from the test questions is found; of the training questions the few that share 8 words."""
-    folder = shared_data / "gsm8k"
+    folder = inputs / "gsm8k"
     decontaminator = built(folder / "test.jsonl.gz")
     source = Source(path=str(folder / "example_model_solutions.jsonl.gz"), format="gsm8k_solutions")
     groups = reading.groups(source, kind="comparison", on_bad_row="refuse", report=Report())

@@ -42,7 +42,7 @@ def test_every_token_is_dealt_once_and_all_get_equally_many(forest, ranks, unit,
 
 
 def test_a_row_that_cannot_be_dealt_evenly_is_refused():
-    with pytest.raises(ValueError, match=r"a row of 50 tokens cannot be dealt to 4"):
+    with pytest.raises(ValueError, match=r"a row of 50 tokens cannot be divided among 4"):
         deal(np.zeros(50, np.int32), 4)
 
 
