@@ -74,5 +74,5 @@ def test_a_foreign_index_is_not_unpickled(whole, tmp_path):
     index = tmp_path / "run" / "checkpoints" / "step-00000002" / ".metadata"
     index.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "pwned").encode() + b"'\ntR.")
     [said, _] = world(2, run, recipe.model_copy(update={"output": str(tmp_path / "run")}))
-    assert "posix.system does not belong" in said or "os.system does not belong" in said
+    assert "posix.system is not allowed" in said or "os.system is not allowed" in said
     assert not (tmp_path / "pwned").exists()
