@@ -22,7 +22,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from silva.engine.data import pipeline
-from silva.engine.data.dataset import DataSet
+from silva.engine.data.dataset import DataSet, scored
 from silva.engine.data.encoding import Encoder
 from silva.engine.data.reading.source import SourceReader
 from silva.engine.data.report import Report
@@ -52,7 +52,9 @@ def measure(folder: Path, copies: int, workers: int) -> None:
     rows = write_rows(folder / "pair.jsonl", copies)
     tokenizer = ChatTokenizer.load(str(model))
     source = Source(path=str(rows), format="ultrainteract_pair")
-    job = pipeline.SourceTask(source, Encoder(tokenizer, Data(train=[source], row_length=4096), "comparison"))
+    settings = Data(train=[source], row_length=4096)
+    encoder = Encoder(tokenizer, settings, "comparison", scored(settings, source, "comparison"))
+    job = pipeline.SourceTask(source, encoder)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
@@ -138,8 +140,8 @@ def check(data: DataSet, source: Source, tokenizer: ChatTokenizer) -> None:
         stored = data.group(k)
         for pair, comparison in zip(stored.comparisons, group.comparisons, strict=True):
             for side, place in zip(pair, (comparison.chosen, comparison.rejected), strict=True):
-                expected = tokenizer.encode(group.conversations[place or 0], score="last").tokens
-                if not np.array_equal(stored.sequence(int(side)).tokens, expected):
+                [expected] = tokenizer.encode(group.conversations[place or 0], score="last").paths
+                if not np.array_equal(stored.sequence(int(side)).tokens, expected.tokens):
                     raise SystemExit(f"tree {k}: the cache holds other tokens than reading in memory gives")
 
 

@@ -21,8 +21,7 @@ from benchmarks import common, ultrainteract
 from benchmarks.tree_step import tree_rows, unrolled_rows
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.loader import BatchLoader
-from silva.engine.data.text.chat import TokenSequence
-from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.trees.tree import merge
 from silva.engine.model import flops, gpt
@@ -175,7 +174,7 @@ def sft(size: Size) -> Case:
         found.append(replace(group.subset(np.unique(group.comparisons[:, 0])), instruction=group.instruction))
     data = DataSet.of(found)
     plan = BatchLoader(data, unit="sequence", global_batch=data.sequences, row_length=size.row_length)
-    sequences = [each for k in range(len(data)) for each in data.group(k).sequences()]
+    sequences = [each for k in range(len(data)) for each in data.group(k).paths()]
     rows = {"trees": _packed(plan[0].rows), "unrolled": _packed(_documents(sequences, size.row_length))}
     pairs = [(sequences[k : k + 2], torch.zeros(0)) for k in range(0, len(sequences), 2)]
     return _case("sft", data, rows, pairs, data.sequences)

@@ -40,7 +40,7 @@ from benchmarks.gpu_comparisons import CASES, FULL, SMOKE, SPREAD, Case, Size
 from benchmarks.gpu_profile import shares
 from benchmarks.gpu_record import Row
 from benchmarks.gpu_session import Session, begin
-from silva.engine.data.text.chat import TokenSequence
+from silva.engine.data.trees.group import TokenSequence
 from silva.engine.model import gpt, hf
 from silva.engine.model.hf_layout import ModelShape
 from silva.engine.objectives import OBJECTIVES

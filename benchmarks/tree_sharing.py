@@ -166,7 +166,7 @@ class _Tiles:
 def _check(tree: Tree, group: TokenGroup) -> None:
     """Check that the tokens that a sequence's last token sees are the sequence."""
     index = np.arange(len(tree))
-    for last, sequence in zip(tree.last, group.sequences(), strict=True):
+    for last, sequence in zip(tree.last, group.paths(), strict=True):
         seen = tree.tokens[(index <= last) & (tree.subtree_end > last)]
         if not np.array_equal(seen, sequence.tokens):
             raise SystemExit("a merged tree does not hold its sequences")

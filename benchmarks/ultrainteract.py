@@ -38,8 +38,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from silva.engine.data.reading.augment import single_turn_pairs
 from silva.engine.data.reading.messages import Conversation, Message
-from silva.engine.data.text.chat import TokenSequence
-from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup, TokenSequence
 
 SIGMA = 0.5
 # tokens of the shortest text
@@ -293,9 +292,9 @@ def group(tree: Tree) -> TokenGroup:
 
 def _encode(conversation: Conversation) -> TokenSequence:
     parts = [np.array([BOS], np.int32)]
-    for role, content in conversation:
-        words = np.array(content.split(), np.int32) + WORDS
-        before, after = ([OPEN], [CLOSE]) if role == "user" else ([], [EOS])
+    for message in conversation:
+        words = np.array(message.content.split(), np.int32) + WORDS
+        before, after = ([OPEN], [CLOSE]) if message.role == "user" else ([], [EOS])
         parts += [np.array(before, np.int32), words, np.array(after, np.int32)]
     tokens = np.concatenate(parts)
     answer = len(parts[-2]) + 1

@@ -128,7 +128,7 @@ class Silva:
         data = self.trainer.inputs.data
         for k in range(len(data)):
             group = data.group(k)
-            sequences = group.sequences()
+            sequences = [group.sequence(k) for k in range(len(group))]
             for pair in group.comparisons.tolist():
                 if count == 0:
                     return

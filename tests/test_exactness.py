@@ -23,9 +23,9 @@ from benchmarks import ultrainteract
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.loader import BatchLoader
 from silva.engine.data.reading.messages import Message
-from silva.engine.data.text.chat import ChatTokenizer, TokenSequence
+from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.data.trees.balance import CostModel
-from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.trees.tree import merge
 from silva.engine.model import gpt, hf
@@ -152,7 +152,7 @@ def conversations(model: Path, texts: list[list[str]], most: int = 600) -> list[
     made = []
     for text in texts:
         messages = [Message(roles[i % 2], part) for i, part in enumerate(text)]
-        sequence = tokenizer(model).encode(messages, score="all")
+        [sequence] = tokenizer(model).encode(messages, score="all").paths
         made.append(TokenSequence(sequence.tokens[:most], sequence.scored[:most]))
     return made
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from silva.engine.data import pipeline, store
 from silva.engine.data.encoding import Encoder, Unit
+from silva.engine.data.reading.formats import FORMATS, Score
 from silva.engine.data.report import Report
 from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.data.text.decontaminate import Decontaminator
@@ -135,6 +136,7 @@ def prepare(
     settings: Data,
     *,
     unit: Unit,
+    rewards: bool = False,
     cache: Path,
     seed: int,
     say: pipeline.Say | None = None,
@@ -146,6 +148,7 @@ def prepare(
         tokenizer: turns conversations into tokens.
         settings: the recipe's rules on length, bad rows, scoring and decontamination.
         unit: "sequence" for SFT, "comparison" for everything else.
+        rewards: whether conversations get rewards, read at their ends, and no message is scored.
         cache: where tokenized sources are kept.
         seed: of the draw, where a source gives only part of its trees.
         say: told of every source that has to be tokenized.
@@ -158,14 +161,17 @@ def prepare(
             that holds less than its `count`, or nothing left to train on.
     """
     decontaminator = Decontaminator(settings.decontaminate) if settings.decontaminate else None
-    encoder = Encoder(tokenizer, settings, unit)
-    folders = [
-        pipeline.build(
-            pipeline.SourceTask(source, encoder, decontaminator), cache, workers=settings.workers, say=say
-        )
-        for source in sources
-    ]
+    folders = []
+    for source in sources:
+        encoder = Encoder(tokenizer, settings, unit, None if rewards else scored(settings, source, unit))
+        task = pipeline.SourceTask(source, encoder, decontaminator)
+        folders.append(pipeline.build(task, cache, workers=settings.workers, say=say))
     return mixture(sources, folders, unit=unit, seed=seed), folders
+
+
+def scored(settings: Data, source: Source, unit: Unit) -> Score:
+    """Return which messages of a source are scored."""
+    return FORMATS[source.format].auto(unit) if settings.score == "auto" else settings.score
 
 
 def mixture(sources: Sequence[Source], folders: Sequence[Path], *, unit: Unit, seed: int) -> DataSet:

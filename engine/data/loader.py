@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.encoding import Unit
-from silva.engine.data.text.chat import TokenSequence
 from silva.engine.data.trees.balance import BY_TOKENS, CostModel, spread
-from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.group import ABSENT, TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece
 from silva.engine.data.trees.splitting import Part
 from silva.engine.data.trees.tree import merge
@@ -40,13 +39,13 @@ class GlobalBatch:
 
     Attributes:
         rows: of this rank; every rank has the same number of rows.
-        mismatched: KTO's rows of completion i + 1 under prompt i; empty for other objectives.
+        mismatched: KTO's rows of completion i - 1 under prompt i; empty for other objectives.
         comparisons: of all ranks.
         sides: present sides of the comparisons: two for a pair, one for unpaired feedback.
         sequences: of all ranks.
         mismatched_sequences: of all ranks.
         scored: scored tokens, counted once per sequence.
-        unrolled: tokens of all sequences, each counted alone.
+        unrolled: tokens of all paths of the sequences, each counted alone.
         tokens: (ranks, rows) int64, tokens of each row without padding.
         imbalance: cost of the slowest rank's rows, divided by the mean over ranks.
         waited: seconds between asking for the batch and having it.
@@ -156,16 +155,16 @@ class BatchLoader:
                 strangers.append(self._mismatched(int(order[k]), group, units))
         plan = self._spread(parts)
         loads = [sum(self.cost(p.tokens, p.pairs) for row in rows for p in row) for rows in plan]
-        members = [part.members for part in parts]
+        members = [part.sequences for part in parts]
         return GlobalBatch(
             rows=self._merged(plan),
             mismatched=self._merged(self._spread(strangers)) if strangers else [],
             comparisons=sum(len(part.compared) for part in parts),
-            sides=sum(len(need) for part in parts for need in part.needs if part.compared),
+            sides=sum(int((p.group.comparisons[p.compared] != ABSENT).sum()) for p in parts),
             sequences=sum(map(len, members)),
             mismatched_sequences=sum(len(part.needs) for part in strangers),
             scored=sum(int(p.group.scored[m].sum()) for p, m in zip(parts, members, strict=True)),
-            unrolled=sum(int(p.group.length[m].sum()) for p, m in zip(parts, members, strict=True)),
+            unrolled=sum(int(part.group.length[part.members].sum()) for part in parts),
             tokens=np.array([[sum(part.tokens for part in row) for row in rows] for rows in plan]),
             imbalance=max(loads) * self.ranks / sum(loads),
         )
@@ -199,9 +198,10 @@ class BatchLoader:
     def _part(self, group: TokenGroup, units: range) -> Part:
         ids = group.first_sequence + np.arange(len(group))
         if self.unit == "sequence":
-            return Part.whole(group, ids, [[unit] for unit in units])
+            return Part.whole(group, ids, [group.paths_of(unit) for unit in units])
         pairs = group.comparisons[units.start : units.stop].tolist()
-        return Part.whole(group, ids, [[side for side in pair if side != ABSENT] for pair in pairs], units)
+        needs = [[path for side in pair if side != ABSENT for path in group.paths_of(side)] for pair in pairs]
+        return Part.whole(group, ids, needs, units)
 
     def _spread(self, parts: list[Part]) -> list[list[list[Part]]]:
         return spread(parts, self.cost, ranks=self.ranks, row_length=self.row_length, multiple=self.multiple)
@@ -215,12 +215,12 @@ class BatchLoader:
         return self.data.sequences + 2 * comparison + side
 
     def _mismatched(self, index: int, group: TokenGroup, units: range) -> Part:
-        """Join the prompts of tree `index` to the completions of the next tree in the data set.
+        """Join the prompts of tree `index` to the completions of the tree before it in the data set.
 
-        The partner is fixed by the data alone and not by the batch, so the reference log-probs can be cached, and no
-        layout, batch size or shuffling changes the estimate of a pair.
+        That is what TRL does within a micro-batch. The partner is fixed by the data alone and not by the batch, so the
+        reference log-probs can be cached, and no layout, batch size or shuffling changes the estimate of a pair.
         """
-        other = self.data.group((index + 1) % len(self.data))
+        other = self.data.group((index - 1) % len(self.data))
         made: dict[int, TokenSequence] = {}
         for unit in units:
             partner = other.comparisons[unit % len(other.comparisons)]
@@ -230,7 +230,7 @@ class BatchLoader:
                 theirs = partner[side] if partner[side] != ABSENT else partner[1 - side]
                 if own != ABSENT:
                     made[self.mismatched_id(group.first_comparison + unit, side)] = _graft(
-                        group.sequence(own), other.sequence(theirs), self.row_length
+                        _longest(group, own), _longest(other, theirs), self.row_length
                     )
         # `TokenGroup.of` reorders sequences: one comparison per sequence, its other side absent, tells the new places
         merged = TokenGroup.of(
@@ -243,14 +243,19 @@ class BatchLoader:
 
 def piece(part: Part) -> Piece:
     """Merge a part of a tree into one tree, with the comparisons of the part."""
-    group, members = part.group, part.members
+    group, sequences = part.group, part.sequences
     pairs = group.comparisons[part.compared]
     return Piece(
-        tree=merge(group.subset(members)),
-        sequence_ids=part.ids[members],
-        comparisons=np.where(pairs == ABSENT, ABSENT, np.searchsorted(members, pairs)).astype(np.int32),
+        tree=merge(group.subset(part.members)),
+        sequence_ids=part.ids[sequences],
+        comparisons=np.where(pairs == ABSENT, ABSENT, np.searchsorted(sequences, pairs)).astype(np.int32),
         absolute=group.absolute[part.compared],
     )
+
+
+def _longest(group: TokenGroup, sequence: int) -> TokenSequence:
+    """Return the longest path of a sequence: where it has several, that of its last answer."""
+    return group.path(max(group.paths_of(sequence), key=group.length.__getitem__))
 
 
 def _graft(prompt: TokenSequence, completion: TokenSequence, limit: int) -> TokenSequence:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 # raised whenever the same input would give other shards
-VERSION = 1
+VERSION = 2
 # parsed text of one shard; a worker holds one shard at a time, as objects that take about ten times as many bytes
 SHARD_BYTES = 8 << 20
 # rows between two updates of the progress bar
@@ -86,9 +86,8 @@ class SourceTask:
             "source": self.source.model_dump(exclude={"path", "count", "weight"}),
             "tokenizer": self.encoder.tokenizer.fingerprint,
             "unit": self.encoder.unit,
-            "settings": settings.model_dump(
-                include={"score", "row_length", "max_length", "too_long", "on_bad_row"}
-            ),
+            "score": self.encoder.score,
+            "settings": settings.model_dump(include={"row_length", "max_length", "too_long", "on_bad_row"}),
             "decontaminate": self.decontaminator.fingerprint if self.decontaminator else "",
         }
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -16,8 +16,8 @@ class Report:
     merge to the same whole in any order.
 
     Attributes:
-        counts: rows (or sequences) per entry; an entry reads "skipped: <reason>", "truncated: <reason>" or
-            "noted: <reason>".
+        counts: rows (or sequences) per entry; an entry reads "skipped: <reason>", "truncated: <reason>",
+            "noted: <reason>" or "not read: <field>".
         examples: the first place of each entry, such as "train.jsonl:12".
     """
 
@@ -37,9 +37,11 @@ class Report:
         self.add(f"noted: {reason}", where)
 
     def add(self, entry: str, where: str, count: int = 1) -> None:
-        """Count `count` things under an entry, which is given with its "skipped: ", "truncated: " or "noted: "."""
+        """Count `count` things under an entry, which is given with its "skipped: ", "truncated: " and so on."""
         self.counts[entry] += count
-        self.examples[entry] = min(self.examples.get(entry, where), where, key=_place)
+        known = self.examples.setdefault(entry, where)
+        if known != where and _place(where) < _place(known):
+            self.examples[entry] = where
 
     def merge(self, other: Report) -> None:
         """Add what another report counted."""
@@ -47,9 +49,18 @@ class Report:
             self.add(entry, other.examples[entry], count)
 
     def lines(self) -> list[str]:
-        """Return one line per entry, the most frequent first; an empty list when nothing was counted."""
-        by_count = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return [f"{entry}: {count} (first: {self.examples[entry]})" for entry, count in by_count]
+        """Return one line per entry, the most frequent first; an empty list when nothing was counted.
+
+        Fields that are not read share a line if the same rows have them.
+        """
+        lines: dict[tuple[str, int, str], list[str]] = {}
+        for entry, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
+            start, _, name = entry.partition("not read: ")
+            lines.setdefault((start or "not read: ", count, self.examples[entry]), []).append(name)
+        return [
+            f"{start}{', '.join(names)}: {count} (first: {where})"
+            for (start, count, where), names in lines.items()
+        ]
 
     def to_json(self) -> str:
         """Return the report as one line of JSON that gives [count, first place] for each entry."""

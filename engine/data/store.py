@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from silva.engine.data.trees.group import TokenGroup
 
-_LISTS = ("tokens", "length", "shared", "run_pointer", "runs", "comparisons")
+_LISTS = ("tokens", "length", "shared", "run_pointer", "runs", "owner", "comparisons")
 _BYTES = ("instruction", "digest")
 SCHEMA = pa.schema(
     [
@@ -65,7 +65,10 @@ class Shard:
             np.frombuffer(batch.column(name).buffers()[1], np.uint8)[: 16 * len(batch)].reshape(-1, 16)
             for name in _BYTES
         )
-        self.sequences = self._counts("length")
+        offsets, owner = self._lists["owner"]
+        # every tree holds at least one path
+        highest = np.maximum.reduceat(owner, offsets[:-1]) if len(batch) else np.zeros(0, np.int32)
+        self.sequences = highest.astype(np.int64) + 1
         self.comparisons = self._counts("comparisons") // 2
         self.tokens = self._counts("tokens")
 
@@ -86,6 +89,7 @@ class Shard:
             shared=part["shared"],
             run_pointer=part["run_pointer"],
             runs=part["runs"].reshape(-1, 2),
+            owner=part["owner"],
             comparisons=part["comparisons"].reshape(-1, 2),
             absolute=part["absolute"].view(bool),
             instruction=self.instruction[k].tobytes(),

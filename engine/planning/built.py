@@ -25,8 +25,7 @@ from megatron.core.pipeline_parallel.schedules import custom_backward, deallocat
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from silva.engine.data.text.chat import TokenSequence
-from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.trees.row_share import RowShare, share_of
 from silva.engine.data.trees.tree import merge

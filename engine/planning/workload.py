@@ -93,7 +93,7 @@ def of_data(recipe: Recipe, folder: Path) -> Workload:
             length, shared = group.length.astype(int), group.shared.astype(int)
             unrolled += int(length.sum())
             scored += len(merge(group).target)
-            # a sequence adds its tokens at the depths shared + 1 .. length
+            # a path adds its tokens at the depths shared + 1 .. length
             depth += int((length * (length + 1) - shared * (shared + 1)).sum()) // 2
     if not units:
         raise UserError(

@@ -106,6 +106,11 @@ def _objective_problems(objective: Objective, data: Data) -> Iterator[tuple[Key,
                 ("objective", key),
                 f"found {show(value)}, but {objective.name} does not use it; it uses: {uses}",
             )
+    if row.head == "reward" and data.score != "auto":
+        yield (
+            ("data", "score"),
+            f"found {data.score!r}, but {objective.name} scores no message: rewards are read where conversations end",
+        )
     for part, sources in (("train", data.train), ("validation", data.validation)):
         for index, source in enumerate(sources):
             if source.format == "unpaired" and "has_chosen" not in row.inputs:

@@ -74,11 +74,13 @@ class Tokenizer(Section):
 
     # None: model.path
     path: Name | None = None
-    # None: the tokenizer's own; otherwise "eurus", the path of a .jinja file, or the template itself
+    # None: the tokenizer's own; otherwise "eurus", the path of a .jinja file, or the template itself; "none": prompts
+    # and completions are text without a template
     chat_template: Name | None = None
-    # None: as the tokenizer's own configuration says
+    # None: as the template says
     add_bos: bool | None = None
-    append_eos: bool = True
+    # None: where the template ends an answer by no control token
+    append_eos: bool | None = None
 
 
 class Source(Section):
@@ -148,8 +150,9 @@ class Data(Section):
     validation: list[Source] = []
     # share of the groups that is held out of `train`
     validation_fraction: BelowOne = 0.0
-    # which assistant messages are scored
-    score: Literal["last", "all"] = "last"
+    # Which messages are scored. completion: everything behind the prompt, as in TRL; turns: the assistant's messages
+    # behind it; last: the last one; all: all of the assistant's; auto: as usual for the source's format
+    score: Literal["auto", "completion", "turns", "last", "all"] = "auto"
     # most tokens of one row
     row_length: Count = 4096
     # most tokens of one sequence; None: row_length

@@ -187,6 +187,7 @@ def _prepare(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[DataSet, DataSet
             tokenizer,
             settings,
             unit=unit,
+            rewards=OBJECTIVES[recipe.objective.name].head == "reward",
             cache=recipe.data_cache,
             seed=recipe.seed,
             say=say if groups.rank() == 0 else None,

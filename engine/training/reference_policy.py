@@ -34,7 +34,7 @@ from silva.engine.training.inputs import Inputs, batches_of
 from silva.engine.training.passes import sequence_values
 
 # is raised whenever the meaning of the cached numbers changes
-FORMAT = "1"
+FORMAT = "reference 2"
 
 LogProbs = NDArray[np.float32]
 

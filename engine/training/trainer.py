@@ -262,6 +262,7 @@ class Trainer:
                 (self.output / "recipe.yaml").write_text(self.recipe.dump())
             return 0
         start = state.load(self.newest, self.step.chunks, self.step.optimizer, self.identity)
+        optimizer.configure(self.step.optimizer, self.recipe.training)
         say(f"resuming   at step {start} of {self.inputs.steps} from {self.newest}")
         return start
 

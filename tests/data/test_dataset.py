@@ -7,8 +7,7 @@ import pytest
 
 from silva.engine.data import dataset
 from silva.engine.data.dataset import DataSet, hold_out
-from silva.engine.data.text.chat import TokenSequence
-from silva.engine.data.trees.group import TokenGroup, instruction_digest
+from silva.engine.data.trees.group import TokenGroup, TokenSequence, instruction_digest
 from silva.engine.errors import UserError
 from silva.engine.recipe.schema import Source
 
@@ -58,7 +57,7 @@ def test_trees_come_back_numbered_through(groups):
 def test_the_fingerprint_covers_every_token_and_the_mixture(groups):
     data = DataSet.of(groups)
     prints = {data.fingerprint, data.with_copies(np.full(len(data), 2)).fingerprint}
-    changed = groups[0].sequences()
+    changed = groups[0].paths()
     changed[0].scored[-1] = False
     pairs = groups[0].comparisons
     other = [TokenGroup.of(changed, pairs, groups[0].absolute, groups[0].instruction), *groups[1:]]

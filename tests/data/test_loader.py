@@ -10,8 +10,7 @@ import pytest
 from benchmarks import ultrainteract
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.loader import AHEAD, BatchLoader, GlobalBatch
-from silva.engine.data.text.chat import TokenSequence
-from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.group import ABSENT, TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece, pack_row
 from silva.engine.errors import UserError
 from silva.engine.model import flops
@@ -20,8 +19,11 @@ from silva.engine.planning.named_models import NAMED
 PROMPT = 10
 
 
-def group(comparisons: int, random: np.random.Generator) -> TokenGroup:
-    """A prompt of ten tokens, two answers a comparison, and one side missing now and then."""
+def group(comparisons: int, random: np.random.Generator, *, paths: bool = False) -> TokenGroup:
+    """A prompt of ten tokens, two answers a comparison, and one side missing now and then.
+
+    With `paths`, some sequences have a second path, which goes on behind a part of the first.
+    """
     prompt = random.integers(0, 50, PROMPT)
     sequences = []
     for _ in range(2 * comparisons):
@@ -31,13 +33,27 @@ def group(comparisons: int, random: np.random.Generator) -> TokenGroup:
     pairs = np.arange(2 * comparisons).reshape(-1, 2)
     pairs[random.random(pairs.shape) < 0.1] = ABSENT
     pairs[(pairs == ABSENT).all(1)] = 0, 1
-    return TokenGroup.of(sequences, pairs, random.random(comparisons) < 0.5)
+    owner = list(range(len(sequences)))
+    for k in owner[:] if paths else []:
+        if random.random() < 0.4:
+            stem = sequences[k].tokens[: random.integers(PROMPT, len(sequences[k].tokens) + 1)]
+            more = random.integers(0, 50, random.integers(1, 9)).astype(np.int32)
+            scored = np.arange(len(stem) + len(more)) >= len(stem)
+            sequences.append(TokenSequence(np.r_[stem, more], scored))
+            owner.append(k)
+    return TokenGroup.of(sequences, pairs, random.random(comparisons) < 0.5, owner=owner)
 
 
 @pytest.fixture
 def data() -> DataSet:
     random = np.random.default_rng(0)
     return DataSet.of(group(int(random.integers(1, 6)), random) for _ in range(40))
+
+
+@pytest.fixture
+def with_paths() -> DataSet:
+    random = np.random.default_rng(1)
+    return DataSet.of(group(int(random.integers(1, 6)), random, paths=True) for _ in range(40))
 
 
 def pieces(batches: list[GlobalBatch]) -> list[Piece]:
@@ -88,6 +104,46 @@ def test_every_sequence_of_a_row_is_the_data_sets(data):
             expected = group.sequence(int(identity) - group.first_sequence)
             path = [j for j in range(last + 1) if piece.tree.subtree_end[j] > last]
             assert piece.tree.tokens[path].tolist() == expected.tokens.tolist()
+
+
+@pytest.mark.parametrize("unit", ["comparison", "sequence"])
+@pytest.mark.parametrize("row_length", [90, 1000])
+def test_sequences_of_several_paths_stay_whole(with_paths, unit, row_length):
+    """Every sequence of a row scores, in the row's tree, exactly what its paths score."""
+    data = with_paths
+    owner = np.repeat(np.arange(len(data)), data.units("sequence"))
+    plan = BatchLoader(data, unit=unit, global_batch=9, row_length=row_length, shuffle=True, ranks=2)
+    several, seen = 0, []
+    for piece in pieces([plan[step] for step in range(len(plan))]):
+        tree = piece.tree
+        for k, identity in enumerate(piece.sequence_ids.tolist()):
+            group = data.group(int(owner[identity]))
+            paths = [group.path(p) for p in group.paths_of(identity - group.first_sequence)]
+            several += len(paths) > 1
+            seen.append(identity)
+            spans = tree.span_index[tree.span_pointer[k] : tree.span_pointer[k + 1]].tolist()
+            found = sorted(
+                (int(tree.position[tree.source[j]]) + 1, int(tree.target[j]))
+                for span in spans
+                for j in np.flatnonzero(tree.span == span)
+            )
+            expected = sorted(
+                (place, int(p.tokens[place])) for p in paths for place in np.flatnonzero(p.scored).tolist()
+            )
+            assert found == expected
+            assert tree.scored[k] == len(expected)
+    assert several > 5
+    if unit == "sequence":
+        ranks = [
+            plan,
+            BatchLoader(
+                data, unit=unit, global_batch=9, row_length=row_length, shuffle=True, rank=1, ranks=2
+            ),
+        ]
+        every = [
+            int(i) for p in ranks for step in range(len(p)) for q in pieces([p[step]]) for i in q.sequence_ids
+        ]
+        assert sorted(every) == list(range(data.sequences))
 
 
 def test_sequences_are_units_too(data):
@@ -195,13 +251,13 @@ def completions(plan: BatchLoader) -> dict[int, list[int]]:
     return found
 
 
-def test_mismatched_pairs_are_the_next_trees_completions_whatever_the_batch(data):
+def test_mismatched_pairs_are_the_completions_of_the_tree_before_whatever_the_batch(data):
     settings = {"unit": "comparison", "shuffle": True, "mismatched": True}
     found = completions(BatchLoader(data, global_batch=7, row_length=100, **settings))
     assert found == completions(BatchLoader(data, global_batch=31, row_length=300, **settings))
     expected = {}
     for k in range(len(data)):
-        own, other = data.group(k), data.group((k + 1) % len(data))
+        own, other = data.group(k), data.group((k - 1) % len(data))
         for number, pair in enumerate(own.comparisons):
             partner = other.comparisons[number % len(other.comparisons)]
             for side in (0, 1):

@@ -15,6 +15,7 @@ import reading
 import tiny
 
 from silva.engine.data import pipeline
+from silva.engine.data.dataset import scored
 from silva.engine.data.encoding import Encoder
 from silva.engine.data.reading import source as source_module
 from silva.engine.data.report import Report
@@ -41,7 +42,9 @@ def rows(tmp_path) -> Path:
 def job(rows: Path, tokenizer: ChatTokenizer, **settings) -> pipeline.SourceTask:
     source = Source(path=str(rows), format="ultrainteract_pair", absolute=True)
     data = Data(train=[source], **({"row_length": 1024} | settings))
-    return pipeline.SourceTask(source, Encoder(tokenizer, data, "comparison"))
+    return pipeline.SourceTask(
+        source, Encoder(tokenizer, data, "comparison", scored(data, source, "comparison"))
+    )
 
 
 def in_memory(job: pipeline.SourceTask) -> tuple[list[TokenGroup], Report]:

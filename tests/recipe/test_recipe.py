@@ -416,7 +416,7 @@ def test_the_papers_settings():
         ratio = objective.lambda_desirable / objective.lambda_undesirable
         assert ratio == (1.33 if objective.name == "kto" else 1.0)
         assert recipe.tokenizer.chat_template == "eurus"
-        assert recipe.tokenizer.append_eos == (objective.name != "bt_dr")
+        assert recipe.tokenizer.append_eos is (False if objective.name == "bt_dr" else None)
         absolute = [source.path for source in recipe.data.train if source.absolute]
         assert absolute == (["openbmb/UltraInteract_pair"] if objective.name == "bt_dr" else [])
 

@@ -23,6 +23,7 @@ ROOMS = {
     "kernels": "Kernels",
     "recipes/mini": "The demo",
     "benchmarks": "Benchmarks",
+    "benchmarks/fidelity": "The comparison with transformers and TRL",
 }
 
 

@@ -14,9 +14,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from silva.engine.data.text.chat import TokenSequence
 from silva.engine.data.trees import packing
-from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.group import ABSENT, TokenGroup, TokenSequence
 from silva.engine.data.trees.row_share import share_of
 from silva.engine.data.trees.tree import Tree, merge
 from silva.engine.model import gpt, hf

@@ -13,3 +13,12 @@ def groups(source: Any, *, kind: Any, on_bad_row: Any, report: Report) -> Iterat
     """Parse every row, then merge them; what is refused at once is refused here."""
     reader = SourceReader(source, kind, on_bad_row)
     return reader.groups(reader.rows(report), report)
+
+
+def judged(report: Report) -> Report:
+    """The report without the fields that the format does not read."""
+    kept = Report()
+    for entry, count in report.counts.items():
+        if not entry.startswith("not read: "):
+            kept.add(entry, report.examples[entry], count)
+    return kept

@@ -65,5 +65,5 @@ def single_turn_pairs(
 
 
 def _draw(seed: int, instruction: Conversation, texts: tuple[str, str]) -> bytes:
-    whole = repr((seed, [tuple(message) for message in instruction], texts))
+    whole = repr((seed, [(message.role, message.content) for message in instruction], texts))
     return hashlib.blake2b(whole.encode(), digest_size=16).digest()

@@ -1,15 +1,17 @@
 """Opens a data set and iterates over its rows: JSONL, JSON, Parquet, `datasets` folders, folders of files, the hub.
 
 Rows are streamed; only a `.json` list is held as a whole. A row that cannot be read is still yielded, with its
-problem, so that one bad line can be counted instead of ending the run.
+problem, so that one bad line can be counted instead of ending the run. Of Parquet files and `datasets`, only the fields
+that are asked for are converted.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,15 +31,22 @@ class Row:
         fields: the row's fields by name; None where the row cannot be read.
         problem: the kind of fault of a row that cannot be read.
         detail: what was found in a row that cannot be read.
+        unread: fields that the row has and that were not asked for.
     """
 
     origin: str
     fields: dict[str, Any] | None
     problem: str = ""
     detail: str = ""
+    unread: tuple[str, ...] = ()
 
 
-def open_rows(path: str, split: str) -> Iterator[Row]:
+# names of the fields that are read; None: all
+Fields = frozenset[str] | None
+Reader = Callable[[Path, str, Fields], Iterator[Row]]
+
+
+def open_rows(path: str, split: str, fields: Fields = None) -> Iterator[Row]:
     """Find out what `path` is and return its rows.
 
     What cannot be opened is refused at once, before the first row is asked for.
@@ -46,20 +55,21 @@ def open_rows(path: str, split: str) -> Iterator[Row]:
         path: a file, a folder of files, a folder written by `datasets`, or a name on the Hugging Face hub.
         split: names the part of a `datasets` folder or hub data set; in a folder of files it selects the files whose
             names begin with it, or all files when none is named after any split.
+        fields: those that will be read; None: all. JSON rows have all of theirs anyway.
 
     Raises:
         UserError: nothing is there, the split does not exist, or a file is damaged or of unknown kind.
     """
     place = Path(path).expanduser()
     if place.is_file():
-        return _reader(place)(place, place.name)
+        return _reader(place)(place, place.name, fields)
     if place.is_dir():
         if _is_saved_dataset(place):
-            return _saved_dataset(place, split)
-        files = _files(place, split)
-        return (row for file in files for row in _reader(file)(file, file.relative_to(place).as_posix()))
+            return _dataset(_saved_dataset(place, split), place.name, fields)
+        files = [(file, file.relative_to(place).as_posix()) for file in _files(place, split)]
+        return (row for file, name in files for row in _reader(file)(file, name, fields))
     if _HUB_NAME.fullmatch(path) and not _kind(place):
-        return _numbered(_hub(path, split), path)
+        return _dataset(_hub(path, split), path, fields)
     raise _nothing_there(path)
 
 
@@ -68,7 +78,7 @@ def _kind(file: Path) -> str:
     return next((suffix for suffix in READERS if file.name.endswith(suffix)), "")
 
 
-def _reader(file: Path) -> Callable[[Path, str], Iterator[Row]]:
+def _reader(file: Path) -> Reader:
     suffix = _kind(file)
     if not suffix:
         raise UserError(f"data source {file}: unknown kind of file; use one of {', '.join(READERS)}")
@@ -147,7 +157,7 @@ def _open_bytes(file: Path) -> IO[bytes]:
     return file.open("rb")
 
 
-def _json_lines(file: Path, name: str) -> Iterator[Row]:
+def _json_lines(file: Path, name: str, fields: Fields) -> Iterator[Row]:
     try:
         with _open_bytes(file) as lines:
             for number, line in enumerate(lines, start=1):
@@ -175,51 +185,153 @@ def _checked(value: Any, origin: str) -> Row:
     return Row(origin, None, "the row is not an object with named fields", f"found {type(value).__name__}")
 
 
-def _json_list(file: Path, name: str) -> Iterator[Row]:
-    """Read a `.json` file: a list of objects, or JSON lines under the wrong name (then it starts with a brace)."""
+def _json_file(file: Path, name: str, fields: Fields) -> Iterator[Row]:
+    """Read a `.json` file: a list of rows, an object that holds such a list, one row, or JSON lines under this name."""
     try:
-        with _open_bytes(file) as content:
-            head = content.read(4096).lstrip()
-        if not head.startswith(b"["):
-            yield from _json_lines(file, name)
+        if _is_lines(file):
+            yield from _json_lines(file, name, fields)
             return
         with _open_bytes(file) as content:
-            rows = json.load(content)
+            whole = json.load(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: the gzip file is damaged or cut short ({error}); fetch it again") from None
     # JSONDecodeError and UnicodeDecodeError are ValueErrors; RecursionError means that the nesting is too deep
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a JSON list ({error}); JSON lines belong in a .jsonl file") from None
-    for number, value in enumerate(rows, start=1):
+    for number, value in enumerate(_rows_of(whole, file), start=1):
         yield _checked(value, f"{name}:{number}")
 
 
-def _parquet(file: Path, name: str) -> Iterator[Row]:
+def _is_lines(file: Path) -> bool:
+    """Tell whether a `.json` file holds JSON lines: whether its second line that is not blank begins an object."""
+    with _open_bytes(file) as lines:
+        shown = (text for line in lines if (text := line.removeprefix(codecs.BOM_UTF8).strip()))
+        first, second = next(shown, b""), next(shown, b"")
+    return first.startswith(b"{") and len(first) > 1 and second.startswith(b"{")
+
+
+def _rows_of(whole: Any, file: Path) -> list[Any]:
+    """Return the rows that a JSON value holds.
+
+    Raises:
+        UserError: it is neither a list nor an object, or an object that holds several lists of rows.
+    """
+    if isinstance(whole, list):
+        return whole
+    if not isinstance(whole, dict):
+        raise UserError(f"{file}: holds a {type(whole).__name__}; a list of objects is needed")
+    lists = [name for name, value in whole.items() if _is_rows(value)]
+    if len(lists) > 1:
+        raise UserError(
+            f"{file}: holds {len(lists)} lists of rows ({', '.join(lists)}); write the one "
+            "that is meant to its own file"
+        )
+    return whole[lists[0]] if lists else [whole]
+
+
+def _is_rows(value: Any) -> bool:
+    """Tell whether a value is a list of objects that are not messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in value)
+    )
+
+
+def _parquet(file: Path, name: str, fields: Fields) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(f"{name}:{number}", value)
+        names = table.schema_arrow.names
+        kept = [each for each in names if fields is None or each in fields]
+        if not kept:
+            # without a column there are no rows, and the error has to name a row
+            kept = names
+        others = tuple(each for each in names if each not in kept)
+        yield from _arrow_rows(table.iter_batches(batch_size=1024, columns=kept), name, others)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({error})") from None
+        raise UserError(f"{file}: cannot be read as Parquet ({_one_line(error)})") from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+def _arrow_rows(batches: Iterable[Any], name: str, unread: tuple[str, ...]) -> Iterator[Row]:
+    """Yield the rows of Arrow tables.
+
+    Args:
+        batches: tables or record batches.
+        name: of the data set, for the rows' places.
+        unread: what the data set has beside the tables' columns.
+    """
+    number = 0
+    for batch in batches:
+        columns = {each: _values(batch.column(each), each) for each in batch.schema.names}
+        for k in range(batch.num_rows):
+            number += 1
+            row = {each: values[k] for each, values in columns.items()}
+            bad = next((each for each, value in row.items() if isinstance(value, _Unreadable)), None)
+            if bad is None:
+                yield Row(f"{name}:{number}", row, unread=unread)
+            else:
+                yield Row(f"{name}:{number}", None, f"{bad} cannot be converted", row[bad].reason)
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for a value that Arrow cannot convert."""
+
+    reason: str
+
+
+def _values(column: Any, name: str) -> list[Any]:
+    """Return the values of an Arrow column.
+
+    Arrow gives all objects of a column the same keys, and null for those that an object does not have. Within tools and
+    their calls, which templates write out as they are, such nulls are taken away again.
+    """
+    import pyarrow
+
+    try:
+        values = column.to_pylist()
+    # a string that is not UTF-8, a time beyond Python's range
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        values = []
+        for value in column:
+            try:
+                values.append(value.as_py())
+            except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+                values.append(_Unreadable(_one_line(error)))
+    if "struct" not in str(column.type):
+        return values
+    return [_unpadded(value, inside=name in _OPEN_OBJECTS) for value in values]
+
+
+_OPEN_OBJECTS = ("tools", "tool_calls", "chat_template_kwargs")
+
+
+def _unpadded(value: Any, *, inside: bool) -> Any:
+    if isinstance(value, list):
+        return [_unpadded(item, inside=inside) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: _unpadded(item, inside=inside or key in _OPEN_OBJECTS)
+            for key, item in value.items()
+            if item is not None or not inside
+        }
+    return value
+
+
+READERS: dict[str, Reader] = {
     ".jsonl": _json_lines,
     ".jsonl.gz": _json_lines,
-    ".json": _json_list,
-    ".json.gz": _json_list,
+    ".json": _json_file,
+    ".json.gz": _json_file,
     ".parquet": _parquet,
 }
 
 
-def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
-    """Read a folder written by `save_to_disk`: one data set, or one per split."""
+def _saved_dataset(folder: Path, split: str) -> Any:
+    """Load a folder written by `save_to_disk`: one data set, or one per split."""
     import datasets
 
     try:
@@ -233,7 +345,7 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[Row]:
                 f"data source {folder}: no split {split!r}; it has {', '.join(found)}; set data.*.split"
             )
         found = found[split]
-    return _numbered(found, folder.name)
+    return found
 
 
 def _hub(name: str, split: str) -> Any:
@@ -249,8 +361,12 @@ def _hub(name: str, split: str) -> Any:
         ) from None
 
 
-def _numbered(rows: Any, name: str) -> Iterator[Row]:
-    return (Row(f"{name}:{number}", dict(fields)) for number, fields in enumerate(rows, start=1))
+def _dataset(found: Any, name: str, fields: Fields) -> Iterator[Row]:
+    """Yield the rows of a `datasets.Dataset`."""
+    kept = [each for each in found.column_names if fields is None or each in fields] or found.column_names
+    others = tuple(each for each in found.column_names if each not in kept)
+    tables = found.select_columns(kept).with_format("arrow").iter(batch_size=1024)
+    return _arrow_rows(tables, name, others)
 
 
 def _one_line(error: Exception) -> str:

@@ -12,15 +12,16 @@ from typing import Any
 from silva.engine.data.reading.messages import (
     BadRow,
     Conversation,
-    Message,
     answer,
     check,
     human_assistant,
     messages,
     prompt,
+    quoted,
     root,
     shared_prefix,
     text,
+    typename,
 )
 from silva.engine.data.reading.parsed import Kind, Parsed, answered, best_against_rest, pair, prompt_id
 
@@ -38,14 +39,16 @@ def ultrainteract_pair(row: Mapping[str, Any], kind: Kind) -> Parsed:
     name = text(row["id"], "id")
     parts = _TREE_ID.fullmatch(name)
     if parts is None:
-        raise BadRow("id is not hash_depth_turn", f"found {name!r}")
+        raise BadRow("id is not hash_depth_turn", f"found {quoted(name)}")
     depth, turn = int(parts["depth"]), int(parts["turn"])
     trajectory = messages(row["trajectory"], "trajectory")
     if not 1 <= turn <= depth:
-        raise BadRow("id names a turn outside its tree", f"turn {turn} of depth {depth} in {name!r}")
+        raise BadRow("id names a turn outside its tree", f"turn {turn} of depth {depth} in {quoted(name)}")
     turns = sum(message.role == "user" for message in trajectory)
     if turn != turns:
-        raise BadRow("id and trajectory disagree about the turn", f"{name!r} against {turns} user messages")
+        raise BadRow(
+            "id and trajectory disagree about the turn", f"{quoted(name)} against {turns} user messages"
+        )
     return pair(
         text(row["parent_id"], "parent_id"),
         answered(trajectory, text(row["chosen"], "chosen")),
@@ -91,7 +94,7 @@ def ultrasafety(row: Mapping[str, Any], kind: Kind) -> Parsed:
 def _completions(value: Any) -> list[tuple[Mapping[str, Any], str]]:
     """Return each completion with its response."""
     if not isinstance(value, list) or not value:
-        raise BadRow("completions is not a list of completions", f"found {type(value).__name__}")
+        raise BadRow("completions is not a list of completions", f"found {typename(value)}")
     for number, completion in enumerate(value, start=1):
         if not isinstance(completion, Mapping) or "response" not in completion:
             raise BadRow("a completion has no response", f"number {number}")
@@ -152,7 +155,7 @@ def preference(row: Mapping[str, Any], kind: Kind) -> Parsed:
         return _whole_pair(messages(row["chosen"], "chosen"), messages(row["rejected"], "rejected"))
     base = prompt(row["prompt"], "prompt")
     chosen, rejected = (_continued(base, row[name], name) for name in ("chosen", "rejected"))
-    return pair(prompt_id(base), chosen, rejected)
+    return pair(prompt_id(base), chosen, rejected, len(base))
 
 
 def _continued(base: Conversation, value: Any, name: str) -> Conversation:
@@ -167,9 +170,11 @@ def unpaired(row: Mapping[str, Any], kind: Kind) -> Parsed:
     """Read a row of TRL's KTO format: one completion, and whether it is desirable."""
     base = prompt(row["prompt"], "prompt")
     if row["label"] not in (True, False, 0, 1):
-        raise BadRow("label is neither true nor false", f"found {row['label']!r}")
+        raise BadRow("label is neither true nor false", f"found {quoted(row['label'])}")
     conversation = check(_continued(base, row["completion"], "completion"), "completion")
-    return Parsed(prompt_id(base), [conversation], [(0, None) if row["label"] else (None, 0)])
+    return Parsed(
+        prompt_id(base), [conversation], [(0, None) if row["label"] else (None, 0)], given=len(base)
+    )
 
 
 def conversation_messages(row: Mapping[str, Any], kind: Kind) -> Parsed:
@@ -184,12 +189,10 @@ def conversation_messages(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 
 def prompt_completion(row: Mapping[str, Any], kind: Kind) -> Parsed:
-    """Read TRL's prompt and completion, as text or messages; an optional `system` goes first, as in OpenOrca."""
+    """Read TRL's prompt and completion, as text or messages."""
     base = prompt(row["prompt"], "prompt")
-    if row.get("system"):
-        base = (Message("system", text(row["system"], "system")), *base)
     conversation = check(_continued(base, row["completion"], "completion"), "completion")
-    return Parsed(prompt_id(base), [conversation])
+    return Parsed(prompt_id(base), [conversation], given=len(base))
 
 
 def gsm8k_solutions(row: Mapping[str, Any], kind: Kind) -> Parsed:
@@ -199,7 +202,9 @@ def gsm8k_solutions(row: Mapping[str, Any], kind: Kind) -> Parsed:
     for name, value in row.items():
         if isinstance(value, Mapping) and {"is_correct", "solution"} <= value.keys():
             if not isinstance(value["is_correct"], bool):
-                raise BadRow("is_correct is neither true nor false", f"{name} has {value['is_correct']!r}")
+                raise BadRow(
+                    "is_correct is neither true nor false", f"{name} has {quoted(value['is_correct'])}"
+                )
             solution = answered(base, text(value["solution"], "solution"))
             scored.append((solution, float(value["is_correct"])))
     if not scored:

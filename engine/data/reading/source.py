@@ -5,15 +5,26 @@ row, merging needs all rows of a tree. Rows of one tree (one `parent_id`, or the
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from silva.engine.data.reading.augment import single_turn_pairs
 from silva.engine.data.reading.files import Row, open_rows
 from silva.engine.data.reading.formats import FORMATS
-from silva.engine.data.reading.messages import BadRow, Conversation, root
-from silva.engine.data.reading.parsed import Kind, Parsed
+from silva.engine.data.reading.messages import (
+    BadRow,
+    Conversation,
+    Message,
+    quoted,
+    root,
+    shared_prefix,
+    text,
+    typename,
+    unread_keys,
+)
+from silva.engine.data.reading.parsed import Kind, Parsed, prompt_id
 from silva.engine.data.report import Report
 from silva.engine.errors import UserError
 
@@ -31,11 +42,13 @@ class Comparison:
         chosen: the better conversation.
         rejected: the worse conversation.
         absolute: whether the comparison also gets bt_dr's absolute-reward term.
+        given: messages that both sides begin with and neither is judged by.
     """
 
     chosen: int | None
     rejected: int | None
     absolute: bool = False
+    given: int = 0
 
 
 @dataclass(slots=True)
@@ -49,12 +62,14 @@ class Group:
         conversations: the sequences.
         comparisons: empty in SFT groups.
         origin: place of the tree's first row, such as "train.jsonl:12".
+        given: in SFT groups, messages of each conversation's prompt; 0 where the row does not say where it ends.
     """
 
     id: str
     conversations: list[Conversation]
     comparisons: list[Comparison]
     origin: str
+    given: list[int] = field(default_factory=list)
 
 
 class SourceReader:
@@ -91,6 +106,12 @@ class SourceReader:
             outer, dot, inner = name.partition(".")
             if dot:
                 self._inner.setdefault(outer, {})[inner] = theirs
+        # the file's fields that are read; None: all
+        self._reads = (
+            None
+            if found.all_fields
+            else frozenset(self._columns.get(name, name) for name in found.known if "." not in name)
+        )
 
     def _check(self) -> None:
         source, form, kind = self.source, self.format, self.kind
@@ -101,12 +122,11 @@ class SourceReader:
                 f"data source {source.path}: format {source.format} gives {gives}, this objective needs {kind}s; "
                 f"formats that give them: {fitting}"
             )
-        known = (*form.needs, *form.optional)
-        unknown = [name for name in source.columns if name not in known]
+        unknown = [name for name in source.columns if name not in form.known]
         if unknown:
             raise UserError(
                 f"data source {source.path}: columns names {', '.join(unknown)}, but format {source.format} "
-                f"reads {', '.join(known)}; write columns as {{field of the format: field of the file}}"
+                f"reads {', '.join(form.known)}; write columns as {{field of the format: field of the file}}"
             )
         if source.single_turn_pairs and not form.turns:
             fitting = ", ".join(name for name, other in FORMATS.items() if other.turns)
@@ -133,7 +153,7 @@ class SourceReader:
             UserError: the source cannot be opened (this is raised at once); or it holds no row, a malformed row under
                 `on_bad_row: refuse`, or no row that can be used.
         """
-        opened = open_rows(self.source.path, self.source.split)
+        opened = open_rows(self.source.path, self.source.split, self._reads)
         return self._parsed(itertools.islice(opened, self.source.limit), report, watch)
 
     def _parsed(
@@ -168,16 +188,30 @@ class SourceReader:
             UserError: a malformed row, unless `on_bad_row` is "skip", which counts the row too.
         """
         try:
-            parsed = self.format.parse(self._fields(row), self.kind)
+            fields = self._fields(row)
+            parsed = _headed(self.format.parse(fields, self.kind), fields)
         except BadRow as bad:
             self._refuse_or_count(bad, row.origin, report)
             return None
+        for name in self._unread(row):
+            report.add(f"not read: {name}", row.origin)
         if not parsed.conversations:
             report.skip(parsed.reason, row.origin)
             return None
         for entry, count in parsed.left_out.items():
             report.add(entry, row.origin, count)
         return parsed
+
+    def _unread(self, row: Row) -> Iterator[str]:
+        """Yield what the row holds and nothing reads: its fields, and the keys of its messages."""
+        assert row.fields is not None
+        yield from row.unread
+        for name, value in row.fields.items():
+            if self._reads is not None and name not in self._reads:
+                if value is not None:
+                    yield name
+            else:
+                yield from (f"{name}[].{key}" for key in unread_keys(value))
 
     def _fields(self, row: Row) -> dict[str, Any]:
         """Rename a row's columns; a null field counts as absent, because Parquet stores absent fields as null."""
@@ -189,12 +223,17 @@ class SourceReader:
                 fields[name] = [
                     _renamed(item, inner) if isinstance(item, Mapping) else item for item in fields[name]
                 ]
-        missing = [name for name in self.format.needs if name not in fields]
-        if missing:
-            wanted, found = ", ".join(missing), ", ".join(row.fields) or "nothing"
+        for name in self.format.needs:
+            if name in fields:
+                continue
+            theirs = self._columns.get(name, name)
+            if theirs in row.fields:
+                raise BadRow(f"{theirs} is null")
+            wanted = ", ".join(each for each in self.format.needs if each not in fields)
+            found = ", ".join([*row.fields, *row.unread]) or "nothing"
             raise BadRow(
                 f"the row has no {wanted}",
-                f"it has {found}; name it with columns: {{{missing[0]}: <file's field>}} or set another format",
+                f"it has {found}; name it with columns: {{{name}: <file's field>}} or set another format",
             )
         return fields
 
@@ -213,7 +252,8 @@ class SourceReader:
         trees: dict[str, _Tree] = {}
         for origin, parsed in rows:
             if not self.format.grouped:
-                yield Group(origin, parsed.conversations, [], origin)
+                given = [parsed.given or 0] * len(parsed.conversations)
+                yield Group(origin, parsed.conversations, [], origin, given)
                 continue
             # the tree is stored only after its row was added, so that a malformed row leaves no empty group behind
             tree = trees.get(parsed.group) or _Tree(parsed, origin)
@@ -260,7 +300,8 @@ class _Tree:
         """
         if not parsed.comparisons:
             # UltraInteract_sft folds a branch's history into `instruction`, so the roots of one tree may differ
-            self.group.conversations.extend(parsed.conversations)
+            self.group.conversations += parsed.conversations
+            self.group.given += [parsed.given or 0] * len(parsed.conversations)
             return
         if any(root(conversation) != self._root for conversation in parsed.conversations):
             where = f"tree {parsed.group}, first seen at {self.group.origin}"
@@ -268,8 +309,16 @@ class _Tree:
         places = [self._place(conversation) for conversation in parsed.conversations]
         for pair in parsed.comparisons:
             chosen, rejected = (None if side is None else places[side] for side in pair)
-            self.group.comparisons.append(Comparison(chosen, rejected, absolute))
+            self._compare(chosen, rejected, absolute, parsed.given)
             self._origins.append(origin)
+
+    def _compare(
+        self, chosen: int | None, rejected: int | None, absolute: bool, given: int | None = None
+    ) -> None:
+        if given is None and chosen is not None and rejected is not None:
+            said = self.group.conversations
+            given = len(shared_prefix(said[chosen], said[rejected]))
+        self.group.comparisons.append(Comparison(chosen, rejected, absolute, given or 0))
 
     def check_turns(self, report: Report) -> None:
         """Count the rows that continue an action which no row of their tree rejects.
@@ -282,14 +331,14 @@ class _Tree:
         for origin, (chosen, _) in zip(self._origins, pairs, strict=True):
             # up to the action before the chosen one, without what was observed after it
             action_before = chosen[:-2]
-            if action_before[1:] and action_before not in rejected:
+            if len(action_before) > len(self._root) and action_before not in rejected:
                 report.note("the trajectory continues an action that no row of its tree rejects", origin)
 
     def add_single_turn_pairs(self, source: "Source") -> None:
         """Add the pairs of actions of different turns, each as an answer to the instruction itself."""
         for pair in single_turn_pairs(self._pairs(), source.single_turn_seed):
             chosen, rejected = map(self._place, pair)
-            self.group.comparisons.append(Comparison(chosen, rejected, source.absolute))
+            self._compare(chosen, rejected, source.absolute)
 
     def _pairs(self) -> list[tuple[Conversation, Conversation]]:
         """List (chosen, rejected) of the comparisons that have both."""
@@ -305,6 +354,57 @@ class _Tree:
         if index == len(self.group.conversations):
             self.group.conversations.append(conversation)
         return index
+
+
+def _headed(parsed: Parsed, fields: Mapping[str, Any]) -> Parsed:
+    """Put in front of a row's conversations what its own fields say: a system message, and what templates take.
+
+    Args:
+        parsed: of the row's format.
+        fields: of the row.
+
+    Raises:
+        BadRow: one of the fields is malformed, or the conversations have another system message.
+    """
+    before: list[Message] = []
+    context = {name: value for name in ("tools", "chat_template_kwargs") if (value := _json(fields, name))}
+    if context:
+        given = {"tools": context["tools"]} if "tools" in context else {}
+        content = json.dumps(given | context.get("chat_template_kwargs", {}), ensure_ascii=False)
+        before.append(Message("context", text(content, next(iter(context)))))
+    said = fields.get("system")
+    if said is not None and text(said, "system", blank=True).strip():
+        before.append(Message("system", said))
+    if not before:
+        return parsed
+    added = 0
+    for place, conversation in enumerate(parsed.conversations):
+        own = conversation[0] if conversation[0].role == "system" else None
+        if own is not None and before[-1].role == "system" and own != before[-1]:
+            raise BadRow("the row's system field and its system message differ")
+        kept = before[:-1] if own is not None and own == before[-1] else before
+        parsed.conversations[place] = (*kept, *conversation)
+        added = len(kept)
+    if parsed.conversations and parsed.given is not None:
+        parsed.given += added
+    if parsed.group:
+        parsed.group = f"{parsed.group} {prompt_id(tuple(before))}"
+    return parsed
+
+
+def _json(fields: Mapping[str, Any], name: str) -> Any:
+    """Return a field that is a list of tools or an object of variables, or JSON of it; None where there is none."""
+    value, wanted = fields.get(name), {"tools": list, "chat_template_kwargs": dict}[name]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"{name} is not JSON", quoted(str(error))) from None
+    if value is not None and not isinstance(value, wanted):
+        raise BadRow(
+            f"{name} is not {'a list' if wanted is list else 'an object'}", f"found {typename(value)}"
+        )
+    return value
 
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

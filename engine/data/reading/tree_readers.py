@@ -19,9 +19,11 @@ from silva.engine.data.reading.messages import (
     check,
     messages,
     prompt,
+    quoted,
     role,
     root,
     text,
+    typename,
 )
 from silva.engine.data.reading.parsed import Kind, Parsed, best_against_rest, compared, prompt_id
 
@@ -60,7 +62,7 @@ def mint(row: Mapping[str, Any], kind: Kind) -> Parsed:
     else:
         kept = [check(conversation, "trajectory") for conversation, _ in tried]
         parsed = Parsed(prompt_id(base), kept, reason="no successful trajectory")
-    parsed.left_out = left_out
+    parsed.left_out += left_out
     return parsed
 
 
@@ -124,6 +126,8 @@ class Tree:
         Raises:
             BadRow: the node is malformed.
         """
+        if "text" not in item:
+            raise BadRow("a node has no text", f"it has {', '.join(item) or 'nothing'}")
         judged = _judgement(item)
         speaker = usual_role if item.get("role") is None else None
         node = Node(
@@ -144,13 +148,15 @@ class Tree:
         while index != ROOT:
             steps.append(self.nodes[index])
             index = self.nodes[index].parent
-        parts: list[tuple[str, list[str]]] = [(message.role, [message.content]) for message in self.before]
+        said: list[tuple[Message, list[str]]] = [(message, [message.content]) for message in self.before]
         for node in reversed(steps):
-            if node.text.strip() and parts and parts[-1][0] == node.role:
-                parts[-1][1].append(node.text)
+            if node.text.strip() and said and said[-1][0].role == node.role:
+                said[-1][1].append(node.text)
             elif node.text.strip():
-                parts.append((node.role, [node.text]))
-        return check(tuple(Message(speaker, "".join(said)) for speaker, said in parts), "path to a node")
+                said.append((Message(node.role, ""), [node.text]))
+        return check(
+            tuple(message._replace(content="".join(texts)) for message, texts in said), "path to a node"
+        )
 
     def correctness_pairs(self) -> list[tuple[int, int]]:
         """Pair every correct answer with every incorrect one, unless one lies on the other's path."""
@@ -225,7 +231,7 @@ class Tree:
                 self.left_out["skipped: comparison whose chosen equals rejected"] += len(pairs) - len(apart)
             reason = "no pair: no two answers are judged differently"
             parsed = compared(_group(list(paths.values())), apart, paths.__getitem__, reason)
-        parsed.left_out = self.left_out
+        parsed.left_out += self.left_out
         return parsed
 
 
@@ -272,20 +278,25 @@ def _arrange(listed: Sequence[Any], tree: Tree) -> dict[str, int]:
     """
     for number, item in enumerate(listed, start=1):
         if not isinstance(item, Mapping):
-            raise BadRow("a node is not an object", f"number {number} is a {type(item).__name__}")
+            raise BadRow("a node is not an object", f"number {number} is a {typename(item)}")
     names = [_identifier(item.get("id"), "id") for item in listed]
     known = {name: number for number, name in enumerate(names)}
     if len(known) < len(names):
-        raise BadRow("two nodes have the same id", repr(Counter(names).most_common(1)[0][0]))
+        raise BadRow("two nodes have the same id", quoted(Counter(names).most_common(1)[0][0]))
     children: dict[str | None, list[int]] = {}
     for number, item in enumerate(listed):
         parent = None if item.get("parent") is None else _identifier(item["parent"], "parent")
         if parent is not None and parent not in known:
-            raise BadRow("a node's parent is not in the tree", f"{parent!r}, the parent of {names[number]!r}")
+            raise BadRow(
+                "a node's parent is not in the tree",
+                f"{quoted(parent)}, the parent of {quoted(names[number])}",
+            )
         children.setdefault(parent, []).append(number)
     roots = children.get(None, [])
     if len(roots) > 1:
-        raise BadRow("the tree has more than one root", f"{names[roots[0]]!r} and {names[roots[1]]!r}")
+        raise BadRow(
+            "the tree has more than one root", " and ".join(quoted(names[number]) for number in roots[:2])
+        )
     places: dict[str, int] = {}
     waiting = [(number, ROOT) for number in roots]
     while waiting:
@@ -296,7 +307,7 @@ def _arrange(listed: Sequence[Any], tree: Tree) -> dict[str, int]:
         waiting += [(child, place) for child in reversed(children.get(names[number], []))]
     if len(places) < len(names):
         lost = next(name for name in names if name not in places)
-        raise BadRow("nodes are their own ancestors", f"{lost!r} is one of them or lies under one")
+        raise BadRow("nodes are their own ancestors", f"{quoted(lost)} is one of them or lies under one")
     return places
 
 
@@ -311,7 +322,7 @@ def oasst(row: Mapping[str, Any], kind: Kind) -> Parsed:
     while waiting:
         message, parent = waiting.pop()
         if not isinstance(message, Mapping):
-            raise BadRow("a message is not an object", f"found {type(message).__name__}")
+            raise BadRow("a message is not an object", f"found {typename(message)}")
         if message.get("deleted"):
             tree.left_out["skipped: deleted message with its replies"] += 1
             continue
@@ -327,13 +338,13 @@ def oasst(row: Mapping[str, Any], kind: Kind) -> Parsed:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{name} is not a list with entries", f"found {type(value).__name__}")
+        raise BadRow(f"{name} is not a list with entries", f"found {typename(value)}")
     return value
 
 
 def _identifier(value: Any, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise BadRow(f"a node's {name} is neither text nor a whole number", f"found {value!r}")
+        raise BadRow(f"a node's {name} is neither text nor a whole number", f"found {quoted(value)}")
     return str(value)
 
 
@@ -341,12 +352,12 @@ def _judgement(item: Mapping[str, Any]) -> tuple[bool | None, float | None]:
     """Return a node's (correct, score); a rank counts as its negative, because a lower rank is better."""
     correct = item.get("correct")
     if correct is not None and not isinstance(correct, bool):
-        raise BadRow("a node's correct is neither true nor false", f"found {correct!r}")
+        raise BadRow("a node's correct is neither true nor false", f"found {quoted(correct)}")
     for name, sign in (("rank", -1), ("score", 1)):
         value = item.get(name)
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-                raise BadRow(f"a node's {name} is not a number", f"found {value!r}")
+                raise BadRow(f"a node's {name} is not a number", f"found {quoted(value)}")
             return correct, sign * value
     return correct, None
 
@@ -354,9 +365,9 @@ def _judgement(item: Mapping[str, Any]) -> tuple[bool | None, float | None]:
 def _named(pair: Any, places: Mapping[str, int]) -> tuple[int, int]:
     """Return the indices of a comparison's (chosen, rejected) nodes."""
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise BadRow("a comparison is not [chosen id, rejected id]", f"found {pair!r}")
+        raise BadRow("a comparison is not [chosen id, rejected id]", f"found {quoted(pair)}")
     chosen, rejected = (_identifier(each, "id") for each in pair)
     for name in (chosen, rejected):
         if name not in places:
-            raise BadRow("a comparison names a node that is not in the tree", repr(name))
+            raise BadRow("a comparison names a node that is not in the tree", quoted(name))
     return places[chosen], places[rejected]

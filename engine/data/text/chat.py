@@ -1,80 +1,88 @@
-"""Turns conversations into tokens, message by message, so that shared text becomes shared tokens.
+"""Turns conversations into tokens: those that an inference server sees, and those that the model is to answer with.
 
-The order of a sequence is: BOS (at most one), then for each message its header (assistant only) and its body, then EOS
-if asked for. Header and body are tokenized separately, and no merge crosses their borders, so two conversations that
-start with the same messages start with the same tokens. A generation prompt ends at exactly such a border, so the
-model is trained to continue the same tokens that it is later asked to continue.
+Every scored answer is rendered from its own history, as at inference: the history with the generation prompt is
+tokenized whole, and the answer from its border on. So templates that rewrite earlier turns (that drop their thoughts,
+or treat the last turn differently) need no special case. Answers of one conversation whose histories begin alike share
+these tokens; the radix merge computes them once.
 """
 
 import functools
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from silva.engine.data.reading.messages import Message
-from silva.engine.data.text.chat_template import ChatTemplate, resolve
+from silva.engine.data.reading.formats import Score
+from silva.engine.data.reading.messages import Conversation, Message
+from silva.engine.data.text.chat_template import PLAIN, CannotRender, ChatTemplate, Rendered, resolve
 from silva.engine.data.text.tokenizer_files import NAMES, LoadedTokenizer, load
+from silva.engine.data.trees.group import TokenSequence
 from silva.engine.errors import UserError
 
-_PROBE = (Message("user", "a"), Message("assistant", "b"))
+# texts that no template writes itself
+_PROBE = (Message("user", "Xq1"), Message("assistant", "Zq7"))
+# transformers' own: a template's last new line is not written
+_LAST_LINE = "\n"
 
 
-@dataclass(slots=True)
-class TokenSequence:
-    """Holds the tokens of one conversation; scored[0] is always False, because nothing predicts the first token."""
+@dataclass
+class Encoded:
+    """Holds what is computed for one side of a comparison, or for one conversation of SFT.
 
-    tokens: NDArray[np.int32]  # (n,)
-    scored: NDArray[np.bool_]  # (n,)
+    Attributes:
+        paths: token sequences, the last one that of the last answer. There is more than one where a template renders an
+            earlier scored answer otherwise than it stands in a later one's history.
+        notes: what a user should know of how the template took the conversation.
+    """
+
+    paths: list[TokenSequence]
+    notes: list[str] = field(default_factory=list)
 
 
-class _Section(NamedTuple):
-    """Holds the ids of one special token (`special`) or of the text between two; `blank` text is white space only."""
+class _Ids(NamedTuple):
+    """Holds the ids of a text, and whether its last token is an added one."""
 
     ids: list[int]
-    special: bool
-    blank: bool
+    ends_with_added: bool
 
 
 class ChatTokenizer:
     """Turns conversations into tokens by a tokenizer and a chat template.
 
-    **BOS.** A sequence begins with at most one BOS. `add_bos` says whether it has one; with None, it has one if the
-    template writes `bos_token` or the tokenizer itself adds one (by its `add_bos_token` or its post-processor; a bare
-    `tokenizer.model` does). `add_bos: false` removes a BOS that comes from the template's `bos_token`, but not one
-    that the template spells out as text.
+    **As readers do.** The ids of a conversation are those of transformers' `apply_chat_template(..., tokenize=True)`
+    with the tokenizer that `save` writes, added tokens in assistant messages included.
 
-    **Scored.** The body of a scored assistant message is scored, that is its content and the end of its turn. Its
-    header is not scored, nor is the white space that a template writes after the end-of-turn token. Where a template
-    writes the EOS only when another turn follows (as "eurus" does), that EOS still counts as the end of the scored
-    message before it.
+    **BOS.** A template decides whether a sequence begins with a BOS. `add_bos: true` puts one in front where it writes
+    none, `add_bos: false` takes away the one that it writes by `bos_token` (not one that it spells out as text).
+    Without a template (`chat_template: none`), the tokenizer decides, as it does for any text.
 
-    **EOS.** With `append_eos`, the tokenizer's EOS is appended and scored, if the template's text of the final
-    assistant message holds no EOS. Without it nothing is removed: a template that ends turns with EOS still does so.
+    **EOS.** An answer has to end with a token that ends it. With `append_eos` None, the EOS is appended where the
+    template writes neither the EOS nor another control token behind an answer (as "eurus" does not, and `none` cannot).
+    True appends it wherever the template writes no EOS; false never does.
 
-    **Control tokens** are the tokenizer's special tokens, and the added tokens that occur in the template's text. They
-    come from the template only: if a message spells one out, it is tokenized as plain characters, whatever the
-    tokenizer. Other added tokens (such as "<tool_call>" where the template does not use it) are recognised in
-    messages, as transformers does.
+    **Scored.** What the template writes for a scored answer behind the generation prompt, the end of turn included.
+
+    **Control tokens** are the tokenizer's special tokens, and the added tokens that occur in the template's text. A
+    user, tool or system message that spells one out does not get it: it is tokenized as plain characters, whatever the
+    tokenizer. Other added tokens are recognised there, as transformers does.
 
     Args:
         loaded: the tokenizer.
-        template: made for this tokenizer.
-        add_bos: whether a BOS is put in front; None leaves it to template and tokenizer.
-        append_eos: whether an EOS is appended where the template writes none.
+        source: the text of the chat template.
+        name: of the template, for errors.
+        add_bos: see BOS.
+        append_eos: see EOS.
 
     Attributes:
-        add_bos: whether a sequence begins with a BOS.
+        template: what renders conversations: `source` with what `add_bos` and `append_eos` change about it.
+        plain: whether there is no chat template, only prompts and completions.
         vocab_size: number of ids, added tokens included.
-        pad_id: the padding token's id, else the unknown token's, else 0. It is not replaced by the EOS, because a
-            reader of rewards looks for the last token that is not padding, and that may be an EOS.
+        pad_id: the padding token's id, else the unknown token's, else 0.
         eos_id: None where the tokenizer has no EOS.
         fingerprint: sha256 of tokenizer files, template and flags; equal fingerprints tokenize equally.
 
@@ -83,36 +91,43 @@ class ChatTokenizer:
     """
 
     def __init__(
-        self, loaded: LoadedTokenizer, template: ChatTemplate, *, add_bos: bool | None, append_eos: bool
+        self,
+        loaded: LoadedTokenizer,
+        source: str,
+        name: str,
+        *,
+        add_bos: bool | None = None,
+        append_eos: bool | None = None,
     ):
         tokenizer = loaded.transformers
         self._loaded = loaded
-        self._template = template
-        self.append_eos = append_eos
+        self.plain = source == PLAIN
         self.vocab_size: int = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.pad_id: int = next(
             i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, 0) if i is not None
         )
-        if append_eos and self.eos_id is None:
-            raise UserError(
-                "tokenizer.append_eos is true, but the tokenizer has no EOS token; set it to false"
-            )
-
-        self._bos_text: str = tokenizer.bos_token or ""
-        probe = template.render(_PROBE)
-        starts = bool(self._bos_text) and probe.startswith(self._bos_text)
-        self._template_writes_bos = starts and template.render(_PROBE, bos_token="") != probe
-        self._template_spells_bos = starts and not self._template_writes_bos
-        self.add_bos: bool = (loaded.says_bos or self._template_writes_bos) if add_bos is None else add_bos
-        if self.add_bos and tokenizer.bos_token_id is None:
-            raise UserError("tokenizer.add_bos is true, but the tokenizer has no BOS token; set it to false")
-        self._bos_id: int | None = tokenizer.bos_token_id
-
-        self._added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-        self._splitter = _splitter(tokenizer)
-        # cached, because the conversations of a tree share most of their messages and come one after the other
-        self._encode = functools.lru_cache(maxsize=1024)(loaded.text.encode)
+        for key, flag, number in (
+            ("add_bos", add_bos, tokenizer.bos_token_id),
+            ("append_eos", append_eos, self.eos_id),
+        ):
+            if flag and number is None:
+                token = key.rpartition("_")[2].upper()
+                raise UserError(
+                    f"tokenizer.{key} is true, but the tokenizer has no {token} token; set it to false"
+                )
+        self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
+        control = [
+            token.content
+            for token in self._added.values()
+            if token.special or (token.content in source and not token.content.isspace())
+        ]
+        template = ChatTemplate(tokenizer, source, name, control)
+        served = self._with_bos(source, template, add_bos)
+        template = ChatTemplate(tokenizer, served, name, control)
+        served = self._with_eos(served, template, append_eos, control)
+        self.template = ChatTemplate(tokenizer, served, name, control)
+        self._ids = functools.lru_cache(maxsize=1024)(self._tokenized)
         self.fingerprint = self._digest()
 
     @classmethod
@@ -122,65 +137,189 @@ class ChatTokenizer:
         *,
         chat_template: str | None = None,
         add_bos: bool | None = None,
-        append_eos: bool = True,
+        append_eos: bool | None = None,
     ) -> "ChatTokenizer":
         """Load a tokenizer with its own or another chat template.
 
         Args:
             path: a folder, a `tokenizer.model` file, or a hub name.
-            chat_template: None for the tokenizer's own, "eurus", a path to a .jinja file, or an inline template.
-            add_bos: whether a BOS is put in front; None leaves it to template and tokenizer.
-            append_eos: whether an EOS is appended where the template writes none.
+            chat_template: None for the tokenizer's own, "eurus", "none", a path to a .jinja file, or an inline
+                template.
+            add_bos: whether a sequence begins with a BOS; None leaves it to the template.
+            append_eos: whether an answer ends with an EOS; None: where it would have no end otherwise.
 
         Raises:
             UserError: a missing or damaged tokenizer, no template anywhere, or one that cannot be rendered.
         """
         loaded = load(path)
         source, name = resolve(chat_template, loaded.transformers.chat_template, path)
-        control = [
-            token.content
-            for token in loaded.transformers.added_tokens_decoder.values()
-            if token.special or (token.content in source and not token.content.isspace())
-        ]
-        template = ChatTemplate(loaded.transformers, source, name, control)
-        return cls(loaded, template, add_bos=add_bos, append_eos=append_eos)
+        return cls(loaded, source, name, add_bos=add_bos, append_eos=append_eos)
 
-    def encode(self, messages: Sequence[Message], *, score: Literal["last", "all"]) -> TokenSequence:
+    def _with_bos(self, source: str, template: ChatTemplate, add_bos: bool | None) -> str:
+        """Return the template with what `add_bos` says."""
+        bos = self._loaded.transformers.bos_token or ""
+        if self.plain:
+            # the tokenizer puts one in front of any text
+            self._adds_special = self._loaded.says_bos if add_bos is None else add_bos
+            return source
+        self._adds_special = False
+        probe = template.render(_PROBE)
+        starts = bool(bos) and probe.startswith(bos)
+        if add_bos and not starts:
+            return "{{ bos_token }}" + source
+        if add_bos is False and starts and template.render(_PROBE, bos_token="") != probe:
+            return "{% set bos_token = '' %}" + source
+        return source
+
+    def _with_eos(
+        self, source: str, template: ChatTemplate, append_eos: bool | None, control: Sequence[str]
+    ) -> str:
+        """Return the template with an EOS behind a conversation's last answer, if it is to write one."""
+        eos = self._loaded.transformers.eos_token
+        if append_eos is False or eos is None:
+            return source
+        probe = template.render(_PROBE)
+        behind = probe.rpartition(_PROBE[1].content)[2]
+        if eos in behind or (append_eos is None and any(token in behind for token in control)):
+            return source
+        return (
+            source.removesuffix(_LAST_LINE)
+            + "{{ eos_token if messages[-1]['role'] == 'assistant' and not add_generation_prompt else '' }}"
+        )
+
+    # ------------------------------------------------------------ conversations
+
+    def encode(self, messages: Conversation, *, score: Score, given: int = 0) -> Encoded:
         """Tokenize one conversation.
 
         Args:
             messages: the last one must be the assistant's.
-            score: which assistant messages are scored, the last one or all.
+            score: what is scored. "completion": everything behind the first `given` messages, as TRL does; "turns": the
+                assistant's messages among these; "last": the last message; "all": every assistant message. Messages
+                that are not to be trained on are never scored.
+            given: messages of the prompt; read by "completion" and "turns".
+
+        Returns:
+            Paths with at least one scored token; none if there is nothing to score.
 
         Raises:
-            UserError: the last message is not the assistant's, or the template cannot render the conversation or
-                writes nothing for the answer.
+            UserError: the last message is not the assistant's.
+            CannotRender: the template cannot render the conversation, or writes nothing for an answer.
         """
-        if not messages or messages[-1].role != "assistant":
-            raise UserError("a conversation must end with an assistant message to be trained on")
-        pieces, mark = self._template.pieces(messages)
-        if self._template_writes_bos:
-            pieces[0] = pieces[0]._replace(body=pieces[0].body.removeprefix(self._bos_text))
-        line = _Line(self, mark)
-        if self.add_bos and not (self._template_spells_bos and pieces[0].body.startswith(self._bos_text)):
-            line.append(self._bos_id, scored=False)
-        for number, piece in enumerate(pieces):
-            last = number == len(pieces) - 1
-            scored = piece.role == "assistant" and (last or score == "all")
-            line.add(piece.header, scored=False)
-            sections = line.add(piece.body, scored=scored)
-        if not any(section.ids and not section.special for section in sections):
-            raise UserError(f"{self._template.name} writes no text for the final assistant message")
-        if self.append_eos and not any(section.ids == [self.eos_id] for section in sections):
-            line.append(self.eos_id, scored=True)
-        return line.sequence()
+        if len(messages) < 2 or messages[-1].role != "assistant" or messages[0].role == "assistant":
+            raise UserError("a conversation must end with an assistant message that answers another one")
+        last = len(messages) - 1
+        found = Encoded([], self._notes(messages))
+        turns = [place for place, m in enumerate(messages) if m.role == "assistant" and m.train]
+        if score == "completion" and all(m.train for m in messages[given:]):
+            prompt = self.template.render_guarded(messages[:given], generation=True)
+            found.paths = [self._answer(prompt, messages, found)]
+            return found
+        if score in ("completion", "turns"):
+            turns = [place for place in turns if place >= given]
+        elif score == "last":
+            turns = [place for place in turns if place == last]
+        for place in turns:
+            prompt = self.template.render_guarded(messages[:place], generation=True)
+            path = self._answer(prompt, messages[: place + 1], found)
+            before = found.paths[-1] if found.paths else None
+            if before is not None and np.array_equal(path.tokens[: len(before.tokens)], before.tokens):
+                path.scored[: len(before.tokens)] |= before.scored
+                found.paths.pop()
+            found.paths.append(path)
+        return found
+
+    def whole(self, messages: Conversation) -> Encoded:
+        """Tokenize a conversation of which nothing is scored: its reward is read at its last token."""
+        found = Encoded([], self._notes(messages))
+        full = self.template.render_guarded(messages)
+        self._note_changes(messages[-1], full, found)
+        ids = self._ids(full).ids
+        found.paths = [TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), bool))]
+        return found
+
+    def _notes(self, messages: Conversation) -> list[str]:
+        if not messages or not (any(m.extra for m in messages) or messages[0].role == "context"):
+            return []
+        return [f"the chat template writes nothing of {name}" for name in self.template.unread(messages)]
+
+    def _note_changes(self, message: Message, full: Rendered, found: Encoded) -> None:
+        if message.content.strip() not in full.text:
+            found.notes.append("the chat template leaves out or changes a part of an answer")
+
+    def _answer(self, prompt: Rendered, messages: Conversation, found: Encoded) -> TokenSequence:
+        """Tokenize a prompt and what the template writes behind it for the rest of the messages."""
+        full = self.template.render_guarded(messages)
+        given = self._ids(prompt)
+        ids = self._ids(full).ids
+        border = len(given.ids)
+        if not full.text.startswith(prompt.text):
+            border = _common(given.ids, ids)
+            found.notes.append("the chat template's answer does not begin with its generation prompt")
+        elif ids[:border] != given.ids:
+            # tokens merge across the border: a server has read the prompt alone, so the answer begins behind it
+            rest = _behind(full, prompt)
+            ids = given.ids + self._segments(rest, after="added" if given.ends_with_added else "text").ids
+        self._note_changes(messages[-1], full, found)
+        if len(ids) == border or (
+            messages[-1].content.strip() not in full.text and all(n in self._added for n in ids[border:])
+        ):
+            raise CannotRender(
+                f"{self.template.name} writes no text for the assistant's message {len(messages)}"
+            )
+        tokens = np.array(ids, np.int32)
+        scored = np.arange(len(tokens)) >= max(border, 1)
+        return TokenSequence(tokens, scored)
+
+    # ------------------------------------------------------------ text
+
+    def _tokenized(self, rendered: Rendered) -> _Ids:
+        """Tokenize a text; where a message spells a control token, by the text between those that are meant."""
+        if rendered.mark:
+            return self._segments(rendered, after="nothing")
+        ids = self._loaded.transformers.backend_tokenizer.encode(
+            rendered.text, add_special_tokens=self._adds_special
+        ).ids
+        return _Ids(ids, bool(ids) and ids[-1] in self._added)
+
+    def _segments(self, rendered: Rendered, *, after: Literal["nothing", "added", "text"]) -> _Ids:
+        """Tokenize a marked text, or one that goes on behind another.
+
+        Args:
+            rendered: added tokens with a mark inside are plain characters.
+            after: what stands in front of the text.
+        """
+        backend = self._loaded.transformers.backend_tokenizer
+        # the tokenizer itself finds the added tokens, whatever their flags make of the text around them
+        found = backend.encode(rendered.marked, add_special_tokens=False)
+        ids: list[int] = []
+        if after == "nothing" and self._adds_special:
+            ids, after = [self._loaded.transformers.bos_token_id], "nothing"
+        end = 0
+        added = [(n, *span) for n, span in zip(found.ids, found.offsets, strict=True) if n in self._added]
+        size = len(rendered.marked)
+        for number, start, stop in [*added, (None, size, size)]:
+            plain = rendered.marked[end:start]
+            if rendered.mark:
+                plain = plain.replace(rendered.mark, "")
+            if plain:
+                prefix = after == "nothing" or (after == "added" and self._loaded.prefix_after_special)
+                ids += self._loaded.text.encode(plain, prefix=prefix)
+                after = "text"
+            if number is not None:
+                ids.append(number)
+                after = "added"
+            end = stop
+        return _Ids(ids, after == "added")
+
+    # ------------------------------------------------------------ files
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer with its chat template, for transformers' AutoTokenizer and for `load`.
 
         A tokenizer that came as files is copied file by file; one built from `tokenizer.model` gets an equal
-        `tokenizer.json`. The saved template writes the BOS if and only if this tokenizer puts one in front. Files of
-        another tokenizer in the folder are removed, because they would be read together with the new ones.
+        `tokenizer.json`. The saved template writes BOS and EOS where this tokenizer trains with them. Files of another
+        tokenizer in the folder are removed, because they would be read together with the new ones.
 
         Args:
             folder: made if it does not exist.
@@ -199,10 +338,16 @@ class ChatTokenizer:
                 shutil.copyfile(file, folder / file.name)
             elif file.name == "tokenizer.model" or len(self._loaded.files) == 1:
                 shutil.copyfile(file, folder / "tokenizer.model")
-        template = self._served_template()
         settings_file = folder / "tokenizer_config.json"
         settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
-        settings |= {"chat_template": template, "add_bos_token": self.add_bos}
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        if self.plain:
+            settings.pop("chat_template", None)
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        else:
+            settings["chat_template"] = self.template.source
+            (folder / "chat_template.jinja").write_text(self.template.source, encoding="utf-8")
+        settings["add_bos_token"] = self.begins_with_bos
         if self._loaded.rebuilt:
             # the plain class loads the built pipeline as it is, and LlamaTokenizer would replace its normalizer
             settings |= {
@@ -210,16 +355,12 @@ class ChatTokenizer:
                 "legacy": self._loaded.prefix_after_special,
             }
         settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        (folder / "chat_template.json").unlink(missing_ok=True)
 
-    def _served_template(self) -> str:
-        source = self._template.source
-        if self.add_bos and not self._template_writes_bos and not self._template_spells_bos:
-            return "{{ bos_token }}" + source
-        if not self.add_bos and self._template_writes_bos:
-            return "{% set bos_token = '' %}" + source
-        return source
+    @property
+    def begins_with_bos(self) -> bool:
+        """Tell whether a sequence begins with the tokenizer's BOS."""
+        bos = self._loaded.transformers.bos_token_id
+        return bos is not None and self._ids(self.template.render_guarded(_PROBE)).ids[:1] == [bos]
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
@@ -227,87 +368,29 @@ class ChatTokenizer:
             content = file.read_bytes()
             digest.update(f"{file.name} {len(content)}\n".encode())
             digest.update(content)
-        flags = {"template": self._template.source, "add_bos": self.add_bos, "append_eos": self.append_eos}
+        flags = {"template": self.template.source, "adds_special": self._adds_special}
         digest.update(json.dumps(flags, sort_keys=True).encode())
         return digest.hexdigest()
 
-    def _sections(
-        self, text: str, mark: str, *, after: Literal["nothing", "special", "text"]
-    ) -> list[_Section]:
-        """Split a text at the special tokens that the template wrote; `after` is what stands in front of `text`."""
-        sections = []
-        for part in self._splitter.split(text) if self._splitter else [text]:
-            if not part:
-                continue
-            number = self._added.get(part, self._added.get(part.strip()))
-            if number is not None:
-                sections.append(_Section([number], True, False))
-                after = "special"
-                continue
-            plain = part.replace(mark, "") if mark else part
-            prefix = after == "nothing" or (after == "special" and self._loaded.prefix_after_special)
-            ids = self._encode(plain, prefix=prefix)
-            sections.append(_Section(ids, False, plain.isspace()))
-            after = "text"
-        return sections
+
+def _behind(full: Rendered, prompt: Rendered) -> Rendered:
+    """Return what stands in `full` behind `prompt`, with its marks."""
+    if not full.mark:
+        rest = full.text[len(prompt.text) :]
+        return Rendered(rest, rest, "")
+    # the prompt's marks are among those of the whole
+    count, place = 0, 0
+    while count < len(prompt.text):
+        count += full.marked[place] != full.mark
+        place += 1
+    return Rendered(full.text[len(prompt.text) :], full.marked[place:], full.mark)
 
 
-class _Line:
-    """Holds one sequence while messages are added to it."""
-
-    def __init__(self, owner: ChatTokenizer, mark: str) -> None:
-        self._owner = owner
-        self._mark = mark
-        self._ids: list[int] = []
-        self._scored: list[bool] = []
-        self._after: Literal["nothing", "special", "text"] = "nothing"
-        # whether a scored message has not yet had an EOS
-        self._awaits_end = False
-
-    def add(self, text: str, *, scored: bool) -> list[_Section]:
-        """Append the ids of `text` and return its sections."""
-        owner = self._owner
-        sections = owner._sections(text, self._mark, after=self._after)
-        if scored:
-            self._awaits_end = True
-        for index, section in enumerate(sections):
-            follows_special = index > 0 and sections[index - 1].special
-            trailing_blank = section.blank and follows_special and index == len(sections) - 1
-            is_eos = section.special and section.ids == [owner.eos_id]
-            ends_turn = self._awaits_end and is_eos and index == 0
-            self._ids += section.ids
-            self._scored += [(scored and not trailing_blank) or ends_turn] * len(section.ids)
-            self._after = "special" if section.special else "text"
-            if not scored or is_eos:
-                self._awaits_end = False
-        return sections
-
-    def append(self, number: int | None, *, scored: bool) -> None:
-        """Append one special token."""
-        assert number is not None
-        self._ids.append(number)
-        self._scored.append(scored)
-        self._after = "special"
-
-    def sequence(self) -> TokenSequence:
-        """Return what was added."""
-        scored = np.array(self._scored, bool)
-        scored[0] = False
-        return TokenSequence(np.array(self._ids, np.int32), scored)
-
-
-def _splitter(tokenizer: Any) -> re.Pattern[str] | None:
-    """Return a pattern that finds added tokens, the longest first; None if there are none.
-
-    A match includes the white space that a token's lstrip and rstrip flags remove.
-    """
-    tokens = sorted(
-        tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True
-    )
-    if not tokens:
-        return None
-    spelled = (
-        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-        for token in tokens
-    )
-    return re.compile("(" + "|".join(spelled) + ")")
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Count the ids that both begin with."""
+    count = 0
+    for one, other in zip(left, right, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count

@@ -4,7 +4,11 @@ In a depth-first order every shared prefix is shared by neighbours. So the added
 *are* the tokens of the merged tree, and the shared lengths alone tell how large the tree of any subset of the
 sequences is: two sequences share the minimum of the shared lengths between them.
 
-A group has N sequences, U tokens of the merged tree, R runs of scored tokens and P comparisons.
+A *path* is one row of tokens from the tree's root. A *sequence* is what is compared and what has one log-prob: mostly
+one path; several where the chat template writes the history of a later answer differently, so that each answer needs
+the tokens of its own history.
+
+A group has K paths, N sequences, U tokens of the merged tree, R runs of scored tokens and P comparisons.
 """
 
 from __future__ import annotations
@@ -18,12 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silva.engine.data.text.chat import TokenSequence
-
 # the missing side of a comparison that is unpaired feedback
 ABSENT = -1
 Ints = NDArray[np.int32]
 Numbers = NDArray[np.integer[Any]]
+
+
+@dataclass(slots=True)
+class TokenSequence:
+    """Holds the tokens of one path; scored[0] is always False, because nothing predicts the first token."""
+
+    tokens: NDArray[np.int32]  # (n,)
+    scored: NDArray[np.bool_]  # (n,)
 
 
 def instruction_digest(instruction: str) -> bytes:
@@ -33,16 +43,17 @@ def instruction_digest(instruction: str) -> bytes:
 
 @dataclass(slots=True)
 class TokenGroup:
-    """Holds the sequences of one tree, depth-first, and what is compared among them.
+    """Holds the paths of one tree, depth-first, the sequences that they make up, and what is compared among these.
 
-    Equal sequences are all stored (the second adds no tokens), and each of them counts.
+    Equal paths are all stored (the second adds no tokens), and each of them counts.
 
     Attributes:
-        tokens: (U,) int32, what sequence 0 holds, what sequence 1 adds to it, and so on.
-        length: (N,) int32, tokens of each sequence.
-        shared: (N,) int32, tokens that each sequence shares with its predecessor; 0 for the first.
-        run_pointer: (N + 1,) int32, CSR over sequences into `runs`.
-        runs: (R, 2) int32, [start, stop) of the scored tokens of each sequence, rising and not adjacent.
+        tokens: (U,) int32, what path 0 holds, what path 1 adds to it, and so on.
+        length: (K,) int32, tokens of each path.
+        shared: (K,) int32, tokens that each path shares with its predecessor; 0 for the first.
+        run_pointer: (K + 1,) int32, CSR over paths into `runs`.
+        runs: (R, 2) int32, [start, stop) of the scored tokens of each path, rising and not adjacent.
+        owner: (K,) int32, the sequence of each path; sequences are numbered by their first paths.
         comparisons: (P, 2) int32, (chosen, rejected) sequences, -1 where a side is absent; P = 0 for SFT.
         absolute: (P,) bool, whether the comparison also gets L_DR.
         instruction: of `instruction_digest`.
@@ -55,6 +66,7 @@ class TokenGroup:
     shared: Ints
     run_pointer: Ints
     runs: Ints
+    owner: Ints
     comparisons: Ints
     absolute: NDArray[np.bool_]
     instruction: bytes = b""
@@ -64,71 +76,92 @@ class TokenGroup:
     @classmethod
     def of(
         cls,
-        sequences: Sequence[TokenSequence],
+        paths: Sequence[TokenSequence],
         comparisons: Sequence[tuple[int, int]] | NDArray = (),
         absolute: Sequence[bool] | NDArray = (),
         instruction: bytes = b"",
+        owner: Sequence[int] | None = None,
     ) -> TokenGroup:
-        """Order and front-code sequences, and renumber comparisons accordingly.
+        """Order and front-code paths, and renumber sequences and comparisons accordingly.
 
         Args:
-            sequences: in any order.
-            comparisons: (chosen, rejected) indices into `sequences`, ABSENT where a side is absent.
+            paths: in any order.
+            comparisons: (chosen, rejected) sequences, ABSENT where a side is absent.
             absolute: whether each comparison also gets L_DR.
             instruction: of `instruction_digest`.
+            owner: the sequence of each path, numbered from 0 without gaps; None: each path is a sequence.
         """
-        order, shared = front_code([s.tokens for s in sequences])
-        place = np.empty(len(order) + 1, np.int32)
-        place[order] = np.arange(len(order))
-        place[ABSENT] = ABSENT
-        runs = [_runs(sequences[k].scored) for k in order]
+        order, shared = front_code([path.tokens for path in paths])
+        given = range(len(paths)) if owner is None else owner
+        # the new number of each sequence
+        place = {ABSENT: ABSENT}
+        for k in order:
+            place.setdefault(given[k], len(place) - 1)
+        runs = [_runs(paths[k].scored) for k in order]
         return cls(
             tokens=np.concatenate(
-                [
-                    np.zeros(0, np.int32),
-                    *(sequences[k].tokens[n:] for k, n in zip(order, shared, strict=True)),
-                ]
+                [np.zeros(0, np.int32), *(paths[k].tokens[n:] for k, n in zip(order, shared, strict=True))]
             ),
-            length=np.array([len(sequences[k].tokens) for k in order], np.int32),
+            length=np.array([len(paths[k].tokens) for k in order], np.int32),
             shared=np.array(shared, np.int32),
             run_pointer=np.cumsum([0, *map(len, runs)], dtype=np.int32),
             runs=np.concatenate([np.zeros((0, 2), np.int32), *runs]),
-            comparisons=place[np.asarray(comparisons, np.int32).reshape(-1, 2)],
+            owner=np.array([place[given[k]] for k in order], np.int32),
+            comparisons=np.array(
+                [[place[int(side)] for side in pair] for pair in comparisons], np.int32
+            ).reshape(-1, 2),
             absolute=np.asarray(absolute, bool),
             instruction=instruction,
         )
 
     def __len__(self) -> int:
-        return len(self.length)
+        """Return the number of sequences."""
+        return int(self.owner.max(initial=-1)) + 1
 
     @property
     def scored(self) -> Ints:
         """Return the number of scored tokens of each sequence, (N,) int32."""
         before = np.append(0, np.cumsum(self.runs[:, 1] - self.runs[:, 0]))
-        return np.diff(before[self.run_pointer]).astype(np.int32)
+        return np.bincount(self.owner, np.diff(before[self.run_pointer]), len(self)).astype(np.int32)
 
-    def sequence(self, k: int) -> TokenSequence:
-        """Return sequence `k` as it was before front-coding."""
+    def paths_of(self, sequence: int) -> list[int]:
+        """Return the paths of a sequence, rising."""
+        return np.flatnonzero(self.owner == sequence).tolist()
+
+    def path(self, k: int) -> TokenSequence:
+        """Return path `k` as it was before front-coding."""
         scored = np.zeros(self.length[k], bool)
         for start, stop in self.runs[self.run_pointer[k] : self.run_pointer[k + 1]]:
             scored[start:stop] = True
         return TokenSequence(self._tokens(k, 0), scored)
 
-    def sequences(self) -> list[TokenSequence]:
-        """Return all sequences, in the group's order."""
-        return [self.sequence(k) for k in range(len(self))]
+    def paths(self) -> list[TokenSequence]:
+        """Return all paths, in the group's order."""
+        return [self.path(k) for k in range(len(self.length))]
+
+    def sequence(self, k: int) -> TokenSequence:
+        """Return the path of sequence `k`.
+
+        Raises:
+            ValueError: the sequence has several.
+        """
+        [path] = self.paths_of(k)
+        return self.path(path)
 
     def subset(self, members: Numbers) -> TokenGroup:
-        """Return the group of `members` (rising) alone, without comparisons, which may name other sequences.
+        """Return the group of some sequences alone, without comparisons, which may name others.
 
-        If all sequences are members, this is the group itself, with its comparisons.
+        If all are members, this is the group itself, with its comparisons.
+
+        Args:
+            members: rising indices of paths: all paths of these sequences.
         """
-        if len(members) == len(self):
+        if len(members) == len(self.length):
             return self
         shared = self.common(members)
         parts = [self._tokens(k, n) for k, n in zip(members.tolist(), shared.tolist(), strict=True)]
         counts = np.diff(self.run_pointer)
-        chosen = np.zeros(len(self), bool)
+        chosen = np.zeros(len(self.length), bool)
         chosen[members] = True
         return TokenGroup(
             tokens=np.concatenate([np.zeros(0, np.int32), *parts]),
@@ -136,6 +169,7 @@ class TokenGroup:
             shared=shared,
             run_pointer=np.append(0, np.cumsum(counts[members])).astype(np.int32),
             runs=self.runs[np.repeat(chosen, counts)],
+            owner=np.unique(self.owner[members], return_inverse=True)[1].astype(np.int32),
             comparisons=np.zeros((0, 2), np.int32),
             absolute=np.zeros(0, bool),
         )
@@ -144,12 +178,12 @@ class TokenGroup:
         """Count the tokens that each of `members` (rising) shares with the member before it.
 
         Args:
-            members: rising indices of sequences.
+            members: rising indices of paths.
 
         Returns:
             (len(members),) int32; 0 for the first.
         """
-        if len(members) == len(self):
+        if len(members) == len(self.length):
             return self.shared
         if len(members) < 2:
             return np.zeros(len(members), np.int32)
@@ -158,10 +192,10 @@ class TokenGroup:
         return np.append(np.int32(0), least)
 
     def merged_size(self, members: Numbers) -> tuple[int, int]:
-        """Count the tokens and the visible pairs of the tree of some sequences.
+        """Count the tokens and the visible pairs of the tree of some paths.
 
         Args:
-            members: rising indices of sequences.
+            members: rising indices of paths.
 
         Returns:
             (tokens, visible pairs); a token sees itself and its ancestors.
@@ -171,10 +205,10 @@ class TokenGroup:
         return int((length - shared).sum()), int(pairs)
 
     def _tokens(self, k: int, start: int) -> Ints:
-        """Return the tokens of sequence `k` from place `start` on."""
+        """Return the tokens of path `k` from place `start` on."""
         stop = int(self.length[k])
         found = np.empty(stop - start, np.int32)
-        # end, in `tokens`, of the part that sequence j adds
+        # end, in `tokens`, of the part that path j adds
         end = int((self.length[: k + 1] - self.shared[: k + 1]).sum())
         for j in range(k, -1, -1):
             first, length = int(self.shared[j]), int(self.length[j])

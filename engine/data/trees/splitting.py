@@ -19,10 +19,12 @@ Size = tuple[int, int]
 class Part:
     """Holds some units of one tree that lie in one row; a unit is a sequence, or a comparison with its sequences.
 
+    Sizes and cuts depend on the paths of the units alone; a sequence has mostly one (see `TokenGroup`).
+
     Attributes:
         group: the tree.
         ids: (N,) int64, numbers of the group's sequences in the data set.
-        needs: sequences of each unit.
+        needs: paths of each unit.
         compared: the comparison of each unit; empty where units are sequences.
         tokens: of the tree of these units.
         pairs: visible pairs of the tree of these units; a pair is a token with itself or an ancestor.
@@ -44,25 +46,30 @@ class Part:
         Args:
             group: the tree.
             ids: (N,) int64, numbers of the group's sequences in the data set.
-            needs: sequences of each unit.
+            needs: paths of each unit.
             compared: the comparison of each unit; empty where units are sequences.
         """
         return cls(group, ids, needs, list(compared), *group.merged_size(_members(needs)))
 
     @property
     def members(self) -> NDArray[np.int64]:
-        """Return the sequences of the part, rising."""
+        """Return the paths of the part, rising."""
         return _members(self.needs)
+
+    @property
+    def sequences(self) -> NDArray[np.int64]:
+        """Return the sequences of the part, rising."""
+        return np.unique(self.group.owner[self.members]).astype(np.int64)
 
     def cut(self, fits: Callable[[Size], bool]) -> list[Part]:
         """Cut the part into parts that fit and have few tokens in total.
 
-        Units are put in order by the places of their sequences, and dynamic programming finds, among all ways to cut
+        Units are put in order by the places of their paths, and dynamic programming finds, among all ways to cut
         between neighbours, one with the fewest tokens. Several such orders are tried and the best result is taken,
-        because it depends on the data which sequences most comparisons share.
+        because it depends on the data which paths most comparisons share.
 
         **Bound.** Let U be the number of tokens of the whole, A that of its largest unit, and D the most tokens that
-        the units before a place and those behind it share (for sequences: the longest common prefix of two
+        the units before a place and those behind it share (for single paths: the longest common prefix of two
         neighbours). Under a limit of R tokens, R > A + D, fewer than U D / (R - A - D) tokens are repeated.
         Proof: fill parts one after the other, and begin a new one when the next unit does not fit. A part that is
         followed by another has more than R - A tokens, of which at most D are in earlier parts, so more than
@@ -129,19 +136,19 @@ class Part:
         held: list[int] = []
         tokens = pairs = 0
         for unit in units:
-            for sequence in self.needs[unit]:
-                place = bisect_left(held, sequence)
-                if place < len(held) and held[place] == sequence:
+            for path in self.needs[unit]:
+                place = bisect_left(held, path)
+                if place < len(held) and held[place] == path:
                     continue
-                # the tree already holds what this sequence shares with its nearest neighbours in the tree
-                common = min(shared[held[place - 1] + 1 : sequence + 1]) if place else 0
+                # the tree already holds what this path shares with its nearest neighbours in the tree
+                common = min(shared[held[place - 1] + 1 : path + 1]) if place else 0
                 if place < len(held):
-                    common = max(common, min(shared[sequence + 1 : held[place] + 1]))
-                held.insert(place, sequence)
-                tokens += length[sequence] - common
-                pairs += (length[sequence] * (length[sequence] + 1) - common * (common + 1)) // 2
+                    common = max(common, min(shared[path + 1 : held[place] + 1]))
+                held.insert(place, path)
+                tokens += length[path] - common
+                pairs += (length[path] * (length[path] + 1) - common * (common + 1)) // 2
             yield tokens, pairs
 
 
 def _members(needs: Iterable[Iterable[int]]) -> NDArray[np.int64]:
-    return np.array(sorted({sequence for need in needs for sequence in need}), np.int64)
+    return np.array(sorted({path for need in needs for path in need}), np.int64)

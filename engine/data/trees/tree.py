@@ -5,6 +5,7 @@ A tree has S tokens, N sequences and L scored positions.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ class Tree:
     """Holds one merged group; indices are relative to the tree's first token.
 
     Sequences keep the order of their group; the tokens of equal sequences are stored once, but each of them counts.
+    The spans of a sequence are those of all its paths.
 
     Attributes:
         tokens: (S,) int32.
@@ -31,8 +33,9 @@ class Tree:
         span: (L,) int32, rising; a span is a run of scored tokens that the same sequences run through.
         span_pointer: (N + 1,) int32, CSR over sequences into `span_index`.
         span_index: (span_pointer[-1],) int32, the spans of each sequence.
-        last: (N,) int32, index of each sequence's last token.
-        unrolled: tokens of all sequences, each counted alone.
+        last: (N,) int32, index of each sequence's last token, where a reward is read; a sequence of several paths,
+            which has no reward, names the end of one of them.
+        unrolled: tokens of all paths, each counted alone.
         scored: (N,) int32, scored tokens of each sequence.
     """
 
@@ -54,11 +57,11 @@ class Tree:
 
 @dataclass(slots=True)
 class _Path:
-    """Holds the current sequence's path through the tree as stretches of successive indices.
+    """Holds the current path through the tree as stretches of successive indices.
 
-    A group's tokens already lie depth-first, so following the shared lengths from sequence to sequence gives every
-    token's subtree and parent, without reading the tokens. Each stretch is opened and closed once, so the work is
-    linear in the number of sequences.
+    A group's tokens already lie depth-first, so following the shared lengths from path to path gives every token's
+    subtree and parent, without reading the tokens. Each stretch is opened and closed once, so the work is linear in
+    the number of paths.
 
     Attributes:
         subtree_end: of every token, as in `Tree`; it is filled here.
@@ -112,33 +115,36 @@ class _Path:
 
 
 def merge(group: TokenGroup) -> Tree:
-    """Merge a group's sequences token by token into one radix tree, laid out in the group's depth-first order.
+    """Merge a group's paths token by token into one radix tree, laid out in the group's depth-first order.
 
-    Two sequences share a token if and only if all tokens up to it are equal. Whether a token is scored belongs to the
-    sequence, not to the token: an action can be one sequence's response and part of another's history.
+    Two paths share a token if and only if all tokens up to it are equal. Whether a token is scored belongs to the
+    path, not to the token: an action can be one sequence's response and part of another's history.
     """
     size = len(group.tokens)
     added = group.length - group.shared
-    # index of the first token that each sequence adds
+    # index of the first token that each path adds
     begin = np.cumsum(added) - added
     index = np.arange(size, dtype=np.int32)
     parent = index - 1
     path = _Path(np.full(size, size, np.int32))
-    last, scored_ranges, counts = [], [], []
+    last: list[int] = [0] * len(group)
+    # of each sequence
+    ranges_of: list[list[tuple[int, int]]] = [[] for _ in last]
     pointer, runs = group.run_pointer.tolist(), group.runs.tolist()
-    for k, (start, shared, length) in enumerate(
-        zip(begin.tolist(), group.shared.tolist(), group.length.tolist(), strict=True)
+    for k, (start, shared, length, owner) in enumerate(
+        zip(begin.tolist(), *(x.tolist() for x in (group.shared, group.length, group.owner)), strict=True)
     ):
         path.leave(shared, start)
         if length > shared:
             if path.depth:
                 parent[start] = path.at(shared) - 1
             path.extend(start, length)
-        last.append(path.at(length) - 1)
-        own = [part for run in runs[pointer[k] : pointer[k + 1]] for part in path.ranges(*run)]
-        scored_ranges += own
-        counts.append(len(own))
+        last[owner] = path.at(length) - 1
+        for run in runs[pointer[k] : pointer[k + 1]]:
+            ranges_of[owner] += path.ranges(*run)
 
+    scored_ranges = list(itertools.chain.from_iterable(ranges_of))
+    counts = map(len, ranges_of)
     ranges = np.array(scored_ranges, np.int64).reshape(-1, 2)
     scored, starts = np.zeros((2, size + 1), bool)
     for part in scored_ranges:

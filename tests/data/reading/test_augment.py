@@ -57,7 +57,7 @@ def added(folder, rows, **options):
     whole = conversation_pairs(read(folder, rows, **options)[0])
     assert whole[: len(plain)] == plain
     for pair in whole[len(plain) :]:
-        assert [[role for role, _ in one] for one in pair] == [["user", "assistant"]] * 2
+        assert [[message.role for message in one] for one in pair] == [["user", "assistant"]] * 2
         assert pair[0][0] == pair[1][0] == plain[0][0][0]
     return [(chosen[1].content, rejected[1].content) for chosen, rejected in whole[len(plain) :]]
 

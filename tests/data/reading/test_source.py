@@ -143,7 +143,7 @@ def test_ultrainteract_pair(tmp_path):
         (*history, assistant(PAIR_ROW["chosen"])),
         (*history, assistant(PAIR_ROW["rejected"])),
     ]
-    assert group.comparisons == [Comparison(0, 1, absolute=True)]
+    assert group.comparisons == [Comparison(0, 1, absolute=True, given=5)]
 
 
 def test_ultrainteract_rows_of_one_tree_need_not_be_adjacent(tmp_path):
@@ -155,14 +155,15 @@ def test_ultrainteract_rows_of_one_tree_need_not_be_adjacent(tmp_path):
         ("other", "rows.jsonl:2"),
     ]
     assert len(groups[0].conversations) == 6
-    assert groups[0].comparisons == [Comparison(0, 1), Comparison(2, 3), Comparison(4, 5)]
+    places = [(each.chosen, each.rejected, each.given) for each in groups[0].comparisons]
+    assert places == [(0, 1, 1), (2, 3, 3), (4, 5, 5)]
 
 
 def test_equal_conversations_of_a_tree_are_kept_once(tmp_path):
     rows = [pair_row(1), pair_row(1, rejected="a second wrong answer")]
     (group,) = read(write(tmp_path, rows), "ultrainteract_pair")
     assert len(group.conversations) == 3
-    assert group.comparisons == [Comparison(0, 1), Comparison(0, 2)]
+    assert group.comparisons == [Comparison(0, 1, given=1), Comparison(0, 2, given=1)]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_equal_conversations_of_a_tree_are_kept_once(tmp_path):
         ({"id": "d1f094e0e130_5_2"}, "against 3 user messages"),
         ({"trajectory": TRAJECTORY[:4]}, "disagree about the turn"),
         ({"trajectory": []}, "trajectory is empty"),
-        ({"trajectory": [{"from": "tool", "value": "x"}]}, "unknown role"),
+        ({"trajectory": [{"from": "alien", "value": "x"}]}, "unknown role"),
         ({"trajectory": [{"speaker": "user", "text": "x"}]}, "neither role and content nor from and value"),
         ({"trajectory": "text"}, "not a list of messages"),
         ({"rejected": PAIR_ROW["chosen"]}, "chosen equals rejected"),
@@ -191,8 +192,8 @@ def test_malformed_pair_rows(tmp_path, changes, words):
     report = Report()
     groups = read(path, "ultrainteract_pair", on_bad_row="skip", report=report)
     assert [len(group.comparisons) for group in groups] == [1]
-    assert sum(report.counts.values()) == 1
-    assert list(report.examples.values()) == ["rows.jsonl:2"]
+    assert sum(reading.judged(report).counts.values()) == 1
+    assert list(reading.judged(report).examples.values()) == ["rows.jsonl:2"]
 
 
 def test_another_root_in_one_tree_is_malformed(tmp_path):
@@ -208,12 +209,12 @@ def test_a_turn_whose_parent_has_no_row_is_used_and_noted(tmp_path):
     report = Report()
     groups = read(write(tmp_path, without_second), "ultrainteract_pair", report=report)
     assert [len(group.comparisons) for group in groups] == [2, 1]
-    assert report.lines() == [
+    assert reading.judged(report).lines() == [
         "noted: the trajectory continues an action that no row of its tree rejects: 2 (first: rows.jsonl:1)"
     ]
     report = Report()
     read(write(tmp_path, [pair_row(3), pair_row(1), pair_row(2)]), "ultrainteract_pair", report=report)
-    assert not report.counts
+    assert report.lines() == ["not read: dataset, task: 3 (first: rows.jsonl:1)"]
 
 
 def test_the_row_of_the_eurus_readme(inputs, tmp_path):
@@ -227,8 +228,7 @@ def test_the_row_of_the_eurus_readme(inputs, tmp_path):
     (group,) = read(write(tmp_path, [row]), "ultrainteract_pair", report=report)
     assert [len(one) for one in group.conversations] == [6, 6]
     assert group.conversations[0][-1].content == row["chosen"]
-    assert list(report.counts.values()) == [1]
-    assert next(iter(report.counts)).startswith("noted: ")
+    assert [entry[:7] for entry in reading.judged(report).counts] == ["noted: "]
 
 
 # ---- rows parsed here, merged there --------------------------------------------------------------
@@ -351,6 +351,21 @@ def test_ultrafeedback_without_a_pair_is_counted(tmp_path):
     assert report.lines() == ["skipped: no pair: the completions are ties: 1 (first: rows.jsonl:2)"]
 
 
+def test_equal_completions_with_different_scores_lose_only_their_own_pair(tmp_path):
+    completions = [
+        {"response": response, "overall_score": score} for response, score in [("a", 1), ("a", 2), ("b", 3)]
+    ]
+    report = Report()
+    rows = [{"instruction": "q", "completions": completions}]
+    (group,) = read(write(tmp_path, rows), "ultrafeedback", report=report)
+    pairs = {
+        (group.conversations[each.chosen][-1].content, group.conversations[each.rejected][-1].content)
+        for each in group.comparisons
+    }
+    assert pairs == {("b", "a")}
+    assert report.lines() == ["skipped: comparison whose chosen equals rejected: 1 (first: rows.jsonl:1)"]
+
+
 @pytest.mark.parametrize(
     ("completions", "words"),
     [
@@ -364,7 +379,7 @@ def test_ultrafeedback_without_a_pair_is_counted(tmp_path):
         ),
         (
             [{"response": "a", "overall_score": 1}, {"response": "a", "overall_score": 2}],
-            "chosen equals rejected",
+            "equal continuations have different scores",
         ),
     ],
 )
@@ -397,9 +412,10 @@ def test_ultrasafety_gives_one_pair_for_an_instruction(tmp_path):
         [(user("q"), assistant("0")), (user("q"), assistant("1"))],
         [(user("s"), assistant("1")), (user("s"), assistant("0"))],
     ]
-    assert all(group.comparisons == [Comparison(0, 1)] for group in groups)
+    assert all(group.comparisons == [Comparison(0, 1, given=1)] for group in groups)
     assert report.lines() == [
-        "skipped: no pair: the completions are equally harmless: 1 (first: rows.jsonl:2)"
+        "not read: prompt: 2 (first: rows.jsonl:1)",
+        "skipped: no pair: the completions are equally harmless: 1 (first: rows.jsonl:2)",
     ]
 
 
@@ -432,7 +448,7 @@ def test_hh_rlhf(tmp_path):
         user("three\nlines"),
         assistant("good"),
     )
-    assert group.comparisons == [Comparison(0, 1), Comparison(2, 1)]
+    assert group.comparisons == [Comparison(0, 1, given=3), Comparison(2, 1, given=3)]
 
 
 @pytest.mark.parametrize(
@@ -467,7 +483,7 @@ SYSTEM = {"role": "system", "content": "s"}
 def test_preference_in_each_of_its_shapes(tmp_path, row):
     (group,) = read(write(tmp_path, [row]), "preference")
     assert group.conversations == [(user("q"), assistant("a")), (user("q"), assistant("b"))]
-    assert group.comparisons == [Comparison(0, 1)]
+    assert group.comparisons == [Comparison(0, 1, given=1)]
 
 
 def test_preference_rows_with_one_prompt_are_one_group(tmp_path):
@@ -498,7 +514,7 @@ def test_multi_turn_preference_with_a_system_message(tmp_path):
     ("row", "words"),
     [
         ({"prompt": "q", "chosen": "a"}, "no rejected.*it has prompt, chosen"),
-        ({"prompt": "q", "chosen": "a", "rejected": None}, "no rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, ": rejected is null"),
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ({"prompt": turns("q", "a"), "chosen": "a", "rejected": "b"}, "does not end with a user"),
@@ -518,7 +534,7 @@ def test_unpaired(tmp_path):
         {"prompt": turns("q"), "completion": turns("", "b")[1:], "label": 0},
     ]
     (group,) = read(write(tmp_path, rows), "unpaired")
-    assert group.comparisons == [Comparison(0, None), Comparison(None, 1)]
+    assert group.comparisons == [Comparison(0, None, given=1), Comparison(None, 1, given=1)]
     with pytest.raises(UserError, match="label is neither"):
         read(write(tmp_path, [{**rows[0], "label": "yes"}]), "unpaired")
 

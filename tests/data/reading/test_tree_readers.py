@@ -29,7 +29,7 @@ def read(path, form, kind="comparison", on_bad_row="refuse", report=None, **opti
 
 
 def texts(conversation):
-    return [content for _, content in conversation]
+    return [message.content for message in conversation]
 
 
 def said_pairs(parsed):
@@ -299,10 +299,14 @@ BAD_TREES = {
     "a list for an id": ([*GOOD, {"id": [], "parent": 0, "text": "x"}], "id is neither text nor"),
     "a flag for an id": ([*GOOD, {"id": True, "parent": 0, "text": "x"}], "id is neither text nor"),
     "an object for a parent": ([*GOOD, {"id": 3, "parent": {}, "text": "x"}], "parent is neither text nor"),
-    "no text": ([*GOOD, {"id": 3, "parent": 0}], "text is not text: found NoneType"),
+    "no text": ([*GOOD, {"id": 3, "parent": 0}], "a node has no text: it has id, parent"),
+    "a null text": ([*GOOD, {"id": 3, "parent": 0, "text": None}], "text is null"),
     "half a character": ([*GOOD, {"id": 3, "parent": 0, "text": "\ud800"}], "not valid Unicode"),
     "no object": ([*GOOD, 3], "a node is not an object: number 4"),
-    "an unknown role": ([*GOOD, {"id": 3, "parent": 0, "text": "x", "role": "tool"}], "unknown role: 'tool'"),
+    "an unknown role": (
+        [*GOOD, {"id": 3, "parent": 0, "text": "x", "role": "alien"}],
+        "unknown role: 'alien'",
+    ),
     "a word for correct": (
         [*GOOD, {"id": 3, "parent": 0, "text": "x", "correct": "yes"}],
         "neither true nor",

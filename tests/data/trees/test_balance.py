@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import ultrainteract
-from silva.engine.data.text.chat import TokenSequence
 from silva.engine.data.trees.balance import BY_TOKENS, CostModel, spread
-from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.group import TokenGroup, TokenSequence
 from silva.engine.data.trees.splitting import Part
 from silva.engine.model import flops
 from silva.engine.planning.named_models import NAMED

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import random_models
 
-from silva.engine.data.text.chat import TokenSequence
-from silva.engine.data.trees.group import ABSENT, TokenGroup, front_code
+from silva.engine.data.trees.group import ABSENT, TokenGroup, TokenSequence, front_code
 
 
 def sequences(random: np.random.Generator, count: int) -> list[TokenSequence]:
@@ -28,8 +27,8 @@ def test_every_sequence_comes_back(seed):
         assert group.sequence(int(rejected)).tokens.tolist() == given[0].tokens.tolist()
     assert group.comparisons[-1, 0] == ABSENT
     scored = sorted((s.tokens.tolist(), s.scored.tolist()) for s in given)
-    assert sorted((s.tokens.tolist(), s.scored.tolist()) for s in group.sequences()) == scored
-    assert group.scored.tolist() == [s.scored.sum() for s in group.sequences()]
+    assert sorted((s.tokens.tolist(), s.scored.tolist()) for s in group.paths()) == scored
+    assert group.scored.tolist() == [s.scored.sum() for s in group.paths()]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -41,7 +40,7 @@ def test_a_subset_is_the_group_of_its_members(seed):
     for members in [whole, whole[:0], *(np.flatnonzero(random.random(len(group)) < 0.5) for _ in range(20))]:
         expected = [group.sequence(int(k)) for k in members]
         part = group.subset(members)
-        for found, sequence in zip(part.sequences(), expected, strict=True):
+        for found, sequence in zip(part.paths(), expected, strict=True):
             assert found.tokens.tolist() == sequence.tokens.tolist()
             assert found.scored.tolist() == sequence.scored.tolist()
         # a token of the tree is a distinct prefix, and sees as many tokens as that has

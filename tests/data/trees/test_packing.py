@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silva.engine.data.text.chat import TokenSequence
-from silva.engine.data.trees.group import ABSENT, TokenGroup
+from silva.engine.data.trees.group import ABSENT, TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece, pack_row
 from silva.engine.data.trees.tree import merge
 from silva.kernels.reference import sequence_sums
@@ -17,7 +16,7 @@ from silva.kernels.reference import sequence_sums
 @given(st.lists(st.integers(0, 2**31), max_size=4), st.integers(1, 8))
 def test_a_row_holds_its_trees_unchanged(seeds, multiple):
     groups = [TokenGroup.of(random_models.sequences(seed % 7 + 1, seed)) for seed in seeds]
-    list_of_sequences = [group.sequences() for group in groups]
+    list_of_sequences = [group.paths() for group in groups]
     pieces = []
     for group, sequences in zip(groups, list_of_sequences, strict=True):
         tree = merge(group)
