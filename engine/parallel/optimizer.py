@@ -230,6 +230,7 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
         ),
         list(chunks),
     )
+    configure(optimizer, training)
     if parallel.offload_optimizer:
         keep_on_host(optimizer)
     for x, size in zip(gradients, sizes, strict=True):
@@ -245,6 +246,23 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
             if parallel.distributed_optimizer:
                 config.param_sync_func = [c.start_param_sync for c in every]
     return optimizer
+
+
+def configure(optimizer: Any, training: Training) -> None:
+    """Set what a recipe says about AdamW, except the learning rate, which is set for every step.
+
+    Norms and biases get no weight decay, as in transformers: megatron-core marks their groups by `wd_mult` 0 and leaves
+    the rest to a scheduler of its own. A checkpoint brings the settings of the run that wrote it, so this is called
+    after it is loaded too.
+
+    Args:
+        optimizer: of `get_megatron_optimizer`.
+        training: the recipe's section.
+    """
+    for group in optimizer.param_groups:
+        group["weight_decay"] = training.weight_decay * group["wd_mult"]
+        group["betas"] = (training.beta1, training.beta2)
+        group["eps"] = training.epsilon
 
 
 def settle(chunks: Sequence[Any], parallel: Parallel) -> None:
