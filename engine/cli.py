@@ -5,20 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from silva.engine.errors import UserError
 from silva.engine.progress import is_first_process
-
-# These warnings of megatron-core are meant for its own developers. They are about old names of its options and of
-# torch's, and about a `.grad` that megatron-core reads although it may be absent. A user can do nothing about them.
-HARMLESS = (
-    "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf Tensor",
-    r"`torch\.distributed\.\w+` is deprecated",
-)
 
 
 def run(work: Callable[[], None]) -> int:
@@ -34,8 +25,6 @@ def run(work: Callable[[], None]) -> int:
     Returns:
         0, or 2 after one line on stderr for bad input.
     """
-    for message in HARMLESS:
-        warnings.filterwarnings("ignore", message)
     try:
         work()
     except UserError as error:

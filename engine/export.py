@@ -13,8 +13,6 @@ from collections.abc import Sequence
 
 from silva.engine.cli import run
 from silva.engine.progress import say
-from silva.engine.recipe.loading import load
-from silva.engine.training.publish import export_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
+        # torch takes seconds to import: a mistake on the command line is told before
+        from silva.engine.recipe.loading import load
+        from silva.engine.training.publish import export_checkpoint
+
         say(f"export={export_checkpoint(load(options.recipe, options.override))}")
 
     return run(work)

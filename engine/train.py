@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from silva.engine.cli import run
 from silva.engine.progress import say
 from silva.engine.recipe.file import packaged
-from silva.engine.recipe.loading import load
-from silva.engine.training.trainer import Summary, train
+
+# torch takes seconds to import: a mistake on the command line is told before
+if TYPE_CHECKING:
+    from silva.engine.training.trainer import Summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help=f"a .yaml file, or one of: {', '.join(packaged())}")
     parser.add_argument("override", nargs="*", help="key.path=value, e.g. training.max_steps=20")
     options = parser.parse_args(arguments)
-    return run(lambda: report(train(load(options.recipe, options.override))))
+
+    def work() -> None:
+        from silva.engine.recipe.loading import load
+        from silva.engine.training.trainer import train
+
+        report(train(load(options.recipe, options.override)))
+
+    return run(work)
 
 
 def report(summary: Summary) -> None:

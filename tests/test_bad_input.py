@@ -362,7 +362,7 @@ def test_damaged_weights_without_a_reference_pass(home):
 
 def test_a_reference_of_another_shape(home, tmp_path):
     other = tiny.checkpoint(tmp_path / "other", hidden_size=64)
-    refused(home.run(f"reference.path={other}"), str(other), "another shape")
+    refused(home.run(f"reference.path={other}"), str(other), "another shape", "hidden is 64 and not 32")
     home.assert_nothing_written()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -73,3 +75,15 @@ def fail_and_try_again() -> bool:
 
 def test_a_single_process_does():
     assert world(1, fail_and_try_again) == [False]
+
+
+@pytest.mark.parametrize("module", ["engine.train", "engine.export", "engine.plan", "recipes.mini.demo"])
+@pytest.mark.parametrize("argument", ["--help", "--no-such-option"])
+def test_the_command_line_is_read_before_torch_is_imported(module, argument):
+    program = (
+        f"import sys; from silva.{module} import main\n"
+        f"try: main([{argument!r}])\n"
+        "except SystemExit as end: print(end.code, sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == f"{0 if argument == '--help' else 2} []"

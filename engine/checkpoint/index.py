@@ -13,8 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+from silva.engine.parallel import groups
+
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
 from silva.engine.errors import UserError
@@ -80,47 +81,43 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{PREFIX}????????") if (p / RUN).is_file())
 
 
-def checked(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Return what `run.json` says, if the checkpoint is complete and of this run.
+def described(checkpoint: Path) -> dict[str, Any]:
+    """Return what `run.json` says; the other files are not looked at.
+
+    Raises:
+        UserError: it is damaged, or written by another version.
+    """
+    try:
+        saved: dict[str, Any] = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+        complete = isinstance(saved["step"], int) and isinstance(saved["files"], dict)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint / RUN}: is damaged ({error!r}); {ELSE}") from error
+    if not complete:
+        raise UserError(f"{checkpoint / RUN}: is damaged (its step or its files are missing); {ELSE}")
+    return saved
+
+
+def checked(checkpoint: Path) -> dict[str, Any]:
+    """Return what `run.json` says, if the checkpoint is complete.
 
     The call is collective: rank 0 reads the folder, and every rank returns what it found or raises its error.
 
     Args:
         checkpoint: its folder.
-        run: what identifies the run; `run.json` must agree with it.
 
     Returns:
         The content of `run.json`.
 
     Raises:
-        UserError: the checkpoint is damaged, or belongs to another run.
+        UserError: the checkpoint is damaged.
     """
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = _inspected(checkpoint, run)
-        except UserError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found)
-    if found[1]:
-        raise UserError(found[1])
-    saved: dict[str, Any] = found[0]
+    saved: dict[str, Any] = groups.from_first(lambda: _inspected(checkpoint))
     return saved
 
 
-def _inspected(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = json.loads((checkpoint / RUN).read_text())
-        files: dict[str, int] = saved["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / 'run.json'}: is damaged ({error!r}); {ELSE}") from error
-    for key, value in run.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"{checkpoint}: belongs to another run ({key} was {saved.get(key)!r}, is {value!r}); "
-                "give the new run another `output`, or remove the folder to start again"
-            )
-    for name, size in files.items():
+def _inspected(checkpoint: Path) -> dict[str, Any]:
+    saved = described(checkpoint)
+    for name, size in saved["files"].items():
         file = checkpoint / name
         if not file.is_file():
             raise UserError(f"{file}: is missing; {ELSE}")

@@ -69,7 +69,7 @@ class Saver:
             step: the step that comes next.
             chunks: the model of this rank, one module per virtual pipeline stage.
             optimizer: of `get_megatron_optimizer`.
-            run: what identifies the run; `state.load` compares it.
+            run: what says which run it is, as JSON; `index.described` gives it back.
             wait: whether to return only when the checkpoint is published, as a saver that is not asynchronous always
                 does.
 

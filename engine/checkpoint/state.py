@@ -63,7 +63,7 @@ def sharded(chunks: Sequence[Any], optimizer: Any, *, loading: bool) -> dict[str
     return state
 
 
-def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str, Any]) -> int:
+def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any) -> int:
     """Read a checkpoint into model and optimizer, on any layout.
 
     The call is collective.
@@ -72,16 +72,14 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any, run: dict[str,
         checkpoint: its folder.
         chunks: the model of this rank, one module per virtual pipeline stage, wrapped or not.
         optimizer: of `get_megatron_optimizer`; None reads the model alone, whose chunks then need no gradient buffers.
-        run: what identifies the run, as it was given to `Saver.save`.
 
     Returns:
         The step that comes next.
 
     Raises:
-        UserError: the checkpoint is damaged, or belongs to a run of other data, another model or other settings of
-            the data.
+        UserError: the checkpoint is damaged, or holds another model.
     """
-    saved = checked(checkpoint, run)
+    saved = checked(checkpoint)
     problem, cause = None, None
     try:
         with guarded_index():

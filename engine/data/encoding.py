@@ -147,7 +147,23 @@ class Encoder:
         kept = [self._cut(path, origin, report) for path in encoded.paths]
         if self.settings.too_long == "drop" and None in kept:
             return []
+        if self.score is None and self._ends_with_padding(kept, origin, report):
+            return []
         return [path for path in kept if path is not None]
+
+    def _ends_with_padding(self, paths: Sequence[TokenSequence | None], origin: str, report: Report) -> bool:
+        """Tell whether transformers would read the reward of a conversation in front of its last token."""
+        padding = self.tokenizer.padding
+        if padding is None or all(path is None or path.tokens[-1] != padding for path in paths):
+            return False
+        token = self.tokenizer.token(padding)
+        if self.settings.on_bad_row == "skip":
+            report.skip(f"conversation that ends with the padding token {token}", origin)
+            return True
+        raise UserError(
+            f"{origin}: a conversation ends with {token!r}, which pads batches of the exported reward model, so "
+            "transformers would read the reward in front of it; repair the row, or set data.on_bad_row=skip"
+        )
 
     def _cut(self, path: TokenSequence, origin: str, report: Report) -> TokenSequence | None:
         """Apply the recipe's `too_long` rule to one path."""
@@ -214,12 +230,15 @@ def _equal(left: Paths, right: Paths) -> bool:
 
 
 def instructions(group: Group) -> list[str]:
-    """Return the first user message of each conversation, each text once.
+    """Return the instruction of a group, or else the first user message of each conversation, each text once.
 
     Whether a group is held out or drawn depends on the first of them alone.
     """
-    firsts = (
-        next(message.content for message in conversation if message.role == "user")
-        for conversation in group.conversations
-    )
-    return list(dict.fromkeys(firsts))
+    if group.instruction:
+        return [group.instruction]
+    return list(dict.fromkeys(map(first_user, group.conversations)))
+
+
+def first_user(conversation: Conversation) -> str:
+    """Return the text of a conversation's first user message."""
+    return next(message.content for message in conversation if message.role == "user")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -169,8 +169,10 @@ class BatchLoader:
             imbalance=max(loads) * self.ranks / sum(loads),
         )
 
-    def prefetch(self, start: int, stop: int) -> Iterator[tuple[int, GlobalBatch]]:
+    def prefetch(self, start: int, stop: int) -> Generator[tuple[int, GlobalBatch], None, None]:
         """Yield the batches of some steps, and build the next ones while the current one is used.
+
+        A caller that may leave the loop closes the generator, which ends the thread that builds them.
 
         Args:
             start: the first step.

@@ -31,12 +31,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from silva.engine.data import store
-from silva.engine.data.encoding import Encoder, instructions
+from silva.engine.data.encoding import Encoder, first_user, instructions
 from silva.engine.data.reading.files import fingerprint
+from silva.engine.data.reading.messages import quoted
 from silva.engine.data.reading.parsed import Parsed
 from silva.engine.data.reading.source import Group, SourceReader
 from silva.engine.data.report import Report
-from silva.engine.data.text.decontaminate import Decontaminator, Match
+from silva.engine.data.text.decontaminate import Decontaminator, Match, SourceWords
 from silva.engine.errors import UserError
 from silva.engine.progress import ProgressBar
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 # raised whenever the same input would give other shards
-VERSION = 2
+VERSION = 3
 # parsed text of one shard; a worker holds one shard at a time, as objects that take about ten times as many bytes
 SHARD_BYTES = 8 << 20
 # rows between two updates of the progress bar
@@ -155,7 +156,7 @@ def _make(task: SourceTask, folder: Path, workers: int, say: Say | None) -> None
         # repairing the data or the settings changes the key, so this work could not be used again
         shutil.rmtree(work)
         raise
-    for name in ("rows", "rows.npy", "shards.npy", "spooled"):
+    for name in ("rows", "rows.npy", "shards.npy", "boilerplate.npy", "spooled"):
         (work / name).unlink()
     work.rename(folder)
 
@@ -172,6 +173,7 @@ def _spool(task: SourceTask, work: Path, *, visible: bool) -> None:
     found = Report()
     offsets, trees = array("q", [0]), array("q")
     numbers: dict[bytes, int] = {}
+    words = SourceWords(task.decontaminator) if task.decontaminator else None
     with (
         (work / "rows").open("wb") as spool,
         ProgressBar("reading", None, visible=visible, passing=True) as bar,
@@ -184,6 +186,8 @@ def _spool(task: SourceTask, work: Path, *, visible: bool) -> None:
         for origin, parsed in task.reader.rows(found, watch=watch):
             name = parsed.group if task.reader.format.grouped else origin
             tree = hashlib.blake2b(name.encode(), digest_size=16).digest()
+            if words is not None and tree not in numbers:
+                words.add(parsed.instruction or first_user(parsed.conversations[0]))
             trees.append(numbers.setdefault(tree, len(numbers)))
             offsets.append(offsets[-1] + spool.write(_line(origin, parsed)))
     order = np.argsort(np.array(trees), kind="stable")
@@ -191,8 +195,22 @@ def _spool(task: SourceTask, work: Path, *, visible: bool) -> None:
     rows = np.stack([lies[:-1], lies[1:]], 1)[order]
     np.save(work / "rows.npy", rows)
     np.save(work / "shards.npy", _cuts(np.array(trees)[order], rows[:, 1] - rows[:, 0]))
+    hashes = _say_boilerplate(words, task, found) if words is not None else []
+    np.save(work / "boilerplate.npy", np.array(hashes, np.uint64))
     _write(work / "reading.report.json", found.to_json())
     _write(work / "spooled", "")
+
+
+def _say_boilerplate(words: SourceWords, task: SourceTask, report: Report) -> list[int]:
+    """Name the n-grams that say nothing about contamination, and return those of the source itself."""
+    assert task.decontaminator is not None
+    hashes, common = words.boilerplate()
+    named = [(task.source.path, "instructions", each) for each in common]
+    named += [(path, "test texts", each) for path, each in task.decontaminator.boilerplate]
+    for path, what, each in named:
+        entry = f"noted: taken for boilerplate and not for a test text: {quoted(each.text)}, in {path}"
+        report.add(f"{entry}, of {each.texts} {what} in", path, each.having)
+    return hashes
 
 
 def _cuts(trees: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -267,11 +285,12 @@ def _make_shard(task: SourceTask, work: Path, number: int) -> None:
     """Tokenize the trees of one shard; its Arrow file appears last, and only when it is complete."""
     begin, end = np.load(work / "shards.npy")[number : number + 2].tolist()
     lies = np.load(work / "rows.npy", mmap_mode="r")[begin:end]
+    ignored = frozenset(np.load(work / "boilerplate.npy").tolist())
     found, groups, removed = Report(), [], []
     with (work / "rows").open("rb") as spool:
         rows = (_parse_line(_read(spool, *place)) for place in lies.tolist())
         for group in task.reader.groups(rows, found):
-            match = _in_a_test_set(group, task.decontaminator)
+            match = _in_a_test_set(group, task.decontaminator, ignored)
             if match is not None:
                 found.skip(f"instruction is in test set {match.name}", group.origin)
                 removed.append({"origin": group.origin, "test_set": match.name, "matched": match.text})
@@ -289,11 +308,13 @@ def _make_shard(task: SourceTask, work: Path, number: int) -> None:
     partial.rename(path)
 
 
-def _in_a_test_set(group: Group, decontaminator: Decontaminator | None) -> Match | None:
-    """Return the first match of any instruction of the group; SFT data may fold a history into some of them."""
+def _in_a_test_set(
+    group: Group, decontaminator: Decontaminator | None, ignored: frozenset[int]
+) -> Match | None:
+    """Return the first match of any instruction of the group."""
     if decontaminator is None:
         return None
-    matches = map(decontaminator.match, instructions(group))
+    matches = (decontaminator.match(each, ignored) for each in instructions(group))
     return next((match for match in matches if match is not None), None)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from silva.engine.data.trees.group import TokenGroup
+from silva.engine.data.trees.group import ABSENT, TokenGroup
 
 _LISTS = ("tokens", "length", "shared", "run_pointer", "runs", "owner", "comparisons")
 _BYTES = ("instruction", "digest")
@@ -51,7 +51,9 @@ class Shard:
     Attributes:
         sequences: (n,) int64, how many each tree has.
         comparisons: (n,) int64, how many each tree has.
+        sides: (n, 2) int64, how many chosen and how many rejected sides the comparisons of each tree have.
         tokens: (n,) int64, tokens of each merged tree.
+        longest: (n,) int64, tokens of the longest path of each tree.
         instruction: (n, 16) uint8, of `instruction_digest`.
         digest: (n, 16) uint8, of everything that a tree holds except its instruction.
     """
@@ -66,9 +68,12 @@ class Shard:
             for name in _BYTES
         )
         offsets, owner = self._lists["owner"]
-        # every tree holds at least one path
-        highest = np.maximum.reduceat(owner, offsets[:-1]) if len(batch) else np.zeros(0, np.int32)
-        self.sequences = highest.astype(np.int64) + 1
+        self.sequences = _highest(owner, offsets) + 1
+        offsets, length = self._lists["length"]
+        self.longest = _highest(length, offsets)
+        offsets, compared = self._lists["comparisons"]
+        present = np.cumsum(np.insert(compared.reshape(-1, 2) != ABSENT, 0, False, axis=0), axis=0)
+        self.sides: NDArray[np.int64] = np.diff(present[offsets // 2], axis=0).astype(np.int64)
         self.comparisons = self._counts("comparisons") // 2
         self.tokens = self._counts("tokens")
 
@@ -97,6 +102,12 @@ class Shard:
 
     def _counts(self, name: str) -> NDArray[np.int64]:
         return np.diff(self._lists[name][0]).astype(np.int64)
+
+
+def _highest(values: NDArray, offsets: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the largest value of each list; every tree holds at least one path, so no list is empty."""
+    found = np.maximum.reduceat(values, offsets[:-1]) if len(offsets) > 1 else np.zeros(0, np.int32)
+    return found.astype(np.int64)
 
 
 def _lists(parts: Sequence[NDArray], kind: type) -> pa.ListArray:

@@ -378,6 +378,8 @@ def _configuration(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
+        # no graphs; the default, "full", is a name that megatron-core itself calls deprecated
+        cuda_graph_scope=[],
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

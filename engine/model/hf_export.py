@@ -92,18 +92,37 @@ def export(
     return [target for target, _ in jobs]
 
 
-def set_padding(folder: Path, padding: int) -> None:
-    """Name a padding token in a reward model's config that has none.
+def set_padding(folder: Path, padding: int | None) -> None:
+    """Name a reward model's padding token in its config.
 
     transformers takes no batch without one, and reads the reward at the last token that is not padding.
 
     Args:
         folder: of the written checkpoint.
-        padding: id of the token.
+        padding: id of the token; None: the config names none, so that a batch is refused.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("pad_token_id") is None:
-        _write_json(folder / "config.json", config | {"pad_token_id": padding})
+    _write_json(folder / "config.json", config | {"pad_token_id": padding})
+
+
+def set_end(folder: Path, end: int) -> None:
+    """Have generation stop at a token, beside those at which it stops already.
+
+    Args:
+        folder: of the written checkpoint.
+        end: id of the token that ends an answer.
+    """
+    file = folder / "generation_config.json"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # without a file of its own, generation goes by the model's config
+    inherited = ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings = {key: config[key] for key in inherited if config.get(key) is not None}
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    ends = settings.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end not in ends:
+        _write_json(file, settings | {"eos_token_id": [*ends, end] if ends else end})
 
 
 def check_target(

@@ -38,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,6 +81,8 @@ def install() -> bool:
         raise RuntimeError(
             "megatron.core was imported before silva.engine.parallel could prepare it for the CPU"
         )
+    # megatron-core warns where it is not set, which means something to GPUs alone
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _emulate_device()
     _emulate_random_states()
     _emulate_tensor_names()

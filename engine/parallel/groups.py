@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from silva.engine.parallel import rendezvous
 
 import torch
 import torch.distributed as dist
@@ -90,9 +92,9 @@ def _join_world() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = rendezvous.world()
     if _store is None:
-        _store = next(dist.rendezvous("env://"))[0] if size > 1 else dist.HashStore()
+        _store = rendezvous.join(rank, size)
     _worlds += 1
     store = dist.PrefixStore(f"silva-{_worlds}", _store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -138,6 +140,28 @@ def wait_for_all() -> None:
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     dist.barrier(group)
     dist.destroy_process_group(group)
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """Return what the first process computes on every process; the others wait, for hours if need be.
+
+    Args:
+        compute: is called by the first process.
+
+    Raises:
+        UserError: on every process, if `compute` raises it.
+    """
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = compute()
+        except UserError as error:
+            found[1] = str(error)
+    wait_for_all()
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
 
 
 def data_rank() -> int:

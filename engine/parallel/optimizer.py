@@ -214,22 +214,26 @@ def build(chunks: Sequence[nn.Module], training: Training, parallel: Parallel) -
     sizes = [x.untyped_storage().nbytes() for x in gradients]
     for x in gradients:
         x.untyped_storage().resize_(0)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            adam_beta1=training.beta1,
-            adam_beta2=training.beta2,
-            adam_eps=training.epsilon,
-            clip_grad=training.clip,
-            bf16=config.bf16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=parallel.distributed_optimizer,
-            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
-        ),
-        list(chunks),
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.beta1,
+        adam_beta2=training.beta2,
+        adam_eps=training.epsilon,
+        clip_grad=training.clip,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
+    optimizer = get_megatron_optimizer(settings, list(chunks))
+    for group in optimizer.param_groups:
+        for weights in group["params"]:
+            # Slices of float32 weights are no leaves. megatron-core keeps their gradients itself, and torch warns
+            # whoever reads the `.grad` of such a tensor, unless it is told that there may be one.
+            if not weights.is_leaf:
+                weights.retain_grad()
     configure(optimizer, training)
     if parallel.offload_optimizer:
         keep_on_host(optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -114,6 +114,8 @@ class Source(Section):
     absolute: bool = False
     # whether ultrainteract_pair also compares actions of different turns (as for Eurus' reward model)
     single_turn_pairs: bool = False
+    # what the paper's N is, whose square has to be at most 10: the tree's turns, or its different actions
+    single_turn_limit: Literal["depth", "actions"] = "depth"
     # seed of the draw if an instruction has more of these comparisons than are taken
     single_turn_seed: Number = 0
     # from the format's name of a field to this source's name of it
@@ -141,6 +143,10 @@ class Decontaminate(Section):
     mode: Literal["ngram", "substring"] = "ngram"
     # number of words; read in mode ngram
     ngram: Count = 8
+    # An n-gram that this share of a source's instructions or of a test set's texts have is boilerplate, which is named
+    # and is no match; of few texts it takes a third of them, and always 5. 1: there is no boilerplate. Read in mode
+    # ngram.
+    boilerplate: Fraction = 0.01
 
 
 class Data(Section):
@@ -256,6 +262,29 @@ class Reference(Section):
     cache: Name | None = None
 
 
+# the keys with which a run may go on after a change; with another one, the steps taken would mean nothing for the rest
+Changeable = Literal[
+    "training.learning_rate",
+    "training.min_learning_rate",
+    "training.schedule",
+    "training.warmup",
+    "training.weight_decay",
+    "training.beta1",
+    "training.beta2",
+    "training.epsilon",
+    "training.clip",
+    "training.epochs",
+    "training.max_steps",
+    "data.validation",
+]
+
+
+class Resume(Section):
+    """Says what may differ from the recipe with which a run began."""
+
+    change: list[Changeable] = []
+
+
 class Export(Section):
     """Says how the trained model is written."""
 
@@ -265,6 +294,9 @@ class Export(Section):
     dtype: Dtype | None = None
     reward_format: Literal["sequence_classification", "eurus", "both"] = "both"
     max_shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(KB|MB|GB)$")] = "5GB"
+    # whether the exported model is compared with the trained one through transformers; None: if the host's memory holds
+    # it
+    verify: bool | None = None
 
 
 class Recipe(Section):
@@ -282,6 +314,7 @@ class Recipe(Section):
     training: Training
     parallel: Parallel = Parallel()
     reference: Reference = Reference()
+    resume: Resume = Resume()
     export: Export = Export()
 
     @property
@@ -317,14 +350,6 @@ class Recipe(Section):
     def dump(self) -> str:
         """Write the resolved recipe as YAML with every key; `load` of it gives an equal recipe."""
         return to_yaml(self.model_dump())
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree with to be of this model; how attention is computed is left out."""
-        return {
-            "objective": self.objective.model_dump(),
-            "model": self.model.model_dump(exclude={"attention"}),
-        }
 
     def describe(self) -> str:
         """Return the lines that a run prints at its start."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +73,12 @@ def read(recipe: Recipe) -> Inputs:
             f"{recipe.tokenizer_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"{recipe.model.path} only {shape.vocab}; they do not belong together"
         )
+    if OBJECTIVES[recipe.objective.name].head == "reward":
+        _say_padding(tokenizer, shape)
     data, validation = _read_data(recipe, tokenizer)
     batches = batches_of(data, recipe, shape, training=True)
+    for line in _remarks(recipe, shape, data):
+        say(f"           {line}")
     return Inputs(
         folder=folder,
         shape=shape,
@@ -85,6 +89,50 @@ def read(recipe: Recipe) -> Inputs:
         validation_batches=batches_of(validation, recipe, shape, training=False) if validation else None,
         steps=min(len(batches), recipe.training.max_steps or len(batches)),
     )
+
+
+def _remarks(recipe: Recipe, shape: ModelShape, data: DataSet) -> Iterator[str]:
+    """Yield what is allowed and may not be meant."""
+    objective, batch = OBJECTIVES[recipe.objective.name], recipe.training.global_batch
+    unit = unit_of(objective)
+    count = int((data.units(unit) * data.copies).sum())
+    if batch > count:
+        yield (
+            f"training.global_batch is {batch:,}, and an epoch has {count:,} {unit}{'s' if count > 1 else ''}: every "
+            "step takes all of them"
+        )
+    if data.longest > shape.max_position:
+        yield (
+            f"the longest sequence has {data.longest:,} tokens, {recipe.model.path} was made for "
+            f"{shape.max_position:,} (max_position_embeddings); to leave longer ones out, set data.max_length and "
+            "data.too_long=drop"
+        )
+    chosen, rejected = data.sides
+    if objective.needs_kl and not (chosen and rejected):
+        yield (
+            f"all {chosen + rejected:,} judged completions are {'desirable' if chosen else 'undesirable'}; "
+            f"{objective.name} learns from both kinds"
+        )
+
+
+def _say_padding(tokenizer: ChatTokenizer, shape: ModelShape) -> None:
+    """Say where readers of the exported reward model have to do something that they would not expect."""
+    padding = tokenizer.padding_within(shape.vocab)
+    if padding is None:
+        say(
+            "padding    no token of the tokenizer can pad batches, because a conversation may end with each of them: "
+            "transformers will score one conversation at a time"
+        )
+    elif padding[0] != tokenizer.own_padding:
+        own = "none" if tokenizer.own_padding is None else repr(tokenizer.token(tokenizer.own_padding))
+        say(
+            f"padding    {padding[1]!r} will pad batches of the exported model: with the tokenizer's own ({own}), "
+            "transformers would not find the last token of a conversation"
+        )
+    if tokenizer.plain and tokenizer.appends_eos:
+        say(
+            "padding    without a chat template, readers have to append the EOS to their text: rewards are read there"
+        )
 
 
 def load_tokenizer(recipe: Recipe, model_folder: Path) -> ChatTokenizer:
@@ -134,7 +182,7 @@ def batches_of(data: DataSet, recipe: Recipe, shape: ModelShape, *, training: bo
     objective = OBJECTIVES[recipe.objective.name]
     return BatchLoader(
         data,
-        unit=_unit(objective),
+        unit=unit_of(objective),
         global_batch=recipe.training.global_batch,
         row_length=recipe.data.row_length,
         epochs=recipe.training.epochs if training else 1,
@@ -149,7 +197,7 @@ def batches_of(data: DataSet, recipe: Recipe, shape: ModelShape, *, training: bo
     )
 
 
-def _unit(objective: Objective) -> Unit:
+def unit_of(objective: Objective) -> Unit:
     """Return the unit in which a global batch is counted."""
     return "comparison" if objective.pairwise else "sequence"
 
@@ -178,7 +226,7 @@ def _read_data(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[DataSet, DataS
 
 
 def _prepare(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[DataSet, DataSet | None]:
-    settings, unit = recipe.data, _unit(OBJECTIVES[recipe.objective.name])
+    settings, unit = recipe.data, unit_of(OBJECTIVES[recipe.objective.name])
     folders: list[Path] = []
 
     def prepared(sources: Sequence[Source]) -> DataSet:

@@ -6,6 +6,8 @@ every scored flag, and the number type. So a stale file is never read, because t
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -59,10 +61,17 @@ def log_probs(
         UserError: the reference policy is of another shape than the model.
     """
     folder = hf.fetch(recipe.reference_path)
-    if hf.read_shape(folder) != inputs.shape:
+    found = hf.read_shape(folder)
+    # how long a sequence may be, and what the shape is called, change nothing about what is computed
+    other = [
+        f"{key} is {getattr(found, key)} and not {value}"
+        for key, value in dataclasses.asdict(inputs.shape).items()
+        if key not in ("max_position", "architecture") and getattr(found, key) != value
+    ]
+    if other:
         raise UserError(
-            f"{recipe.reference_path}: the reference policy has another shape than {recipe.model.path}; "
-            "take a checkpoint of the same model"
+            f"{recipe.reference_path}: the reference policy has another shape than {recipe.model.path} "
+            f"({', '.join(other)}); take a checkpoint of the same model"
         )
     weights = [weights_digest(folder) if groups.rank() == 0 else ""]
     dist.broadcast_object_list(weights)
@@ -98,8 +107,11 @@ def _computed(
 ) -> LogProbs:
     """Compute (count,) log-probs of every sequence, by forward passes alone; the same on every rank."""
     found = torch.zeros(count, dtype=torch.float64, device=groups.device())
-    with ProgressBar(title, len(batches), visible=groups.rank() == 0) as bar:
-        for _, batch in batches.prefetch(0, len(batches)):
+    with (
+        ProgressBar(title, len(batches), visible=groups.rank() == 0) as bar,
+        contextlib.closing(batches.prefetch(0, len(batches))) as coming,
+    ):
+        for _, batch in coming:
             mine = [*batch.rows, *batch.mismatched]
             values = sequence_values(chunks, pack_rows(mine, multiple=multiple, pad_id=pad_id))
             # stages before the last one have no values

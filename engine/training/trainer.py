@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from silva.engine.parallel import groups, optimizer
 import torch
 import torch.distributed as dist
 
-from silva.engine.checkpoint import index, state
+from silva.engine.checkpoint import state
 from silva.engine.checkpoint.saver import Saver
 from silva.engine.data.loader import BatchLoader, GlobalBatch
 from silva.engine.errors import UserError
@@ -28,7 +28,7 @@ from silva.engine.model import gpt, hf
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.progress import ProgressBar, say
 from silva.engine.recipe.schema import Recipe
-from silva.engine.training import backends, inputs, publish, reference_policy
+from silva.engine.training import backends, inputs, publish, reference_policy, resume
 from silva.engine.training.metrics import Journal
 from silva.engine.training.step import Step, StepSettings
 
@@ -93,6 +93,7 @@ class Trainer:
         inputs: of the run.
         reference: log-probs of the training data under the reference policy; None if the objective needs none.
         validation_reference: those of the validation data.
+        identity: what the run is, kept with its checkpoints; see `resume.run_of`.
         newest: the checkpoint that the run resumes from; None for a new run.
         step: computes the steps.
         saver: writes the checkpoints.
@@ -109,6 +110,9 @@ class Trainer:
         inputs.check_outputs(recipe)
         backends.check(recipe)
         self.inputs = inputs.read(recipe)
+        # before anything is computed, because a run of another recipe is refused here
+        self.identity = resume.run_of(recipe, self.inputs)
+        self.newest = resume.newest(recipe, self.identity)
         bare = gpt.build(
             self.inputs.shape,
             recipe.parallel,
@@ -121,7 +125,6 @@ class Trainer:
         if objective.needs_reference:
             found = reference_policy.log_probs(recipe, self.inputs, bare)
             self.reference, self.validation_reference = found
-        self.newest = self._newest_checkpoint()
         # a checkpoint would fill every parameter
         if self.newest is None:
             _say_read(*hf.load(bare, self.inputs.folder, self.inputs.shape))
@@ -148,10 +151,11 @@ class Trainer:
         with (
             ProgressBar(title, steps, visible=self.first, start=start) as bar,
             Journal(self.output, writes=self.first, start_step=start) as journal,
+            contextlib.closing(self.inputs.batches.prefetch(start, steps)) as batches,
         ):
             if before:
                 journal.write(0, "validation", before)
-            for number, batch in self.inputs.batches.prefetch(start, steps):
+            for number, batch in batches:
                 with self.around(self, number, batch) if self.around else contextlib.nullcontext():
                     self.last = self.train_step(number, batch)
                 unique, unrolled = unique + batch.unique, unrolled + batch.unrolled
@@ -217,22 +221,13 @@ class Trainer:
         batches = self.inputs.validation_batches
         if batches is None:
             return {}
-        with ProgressBar(title, len(batches), visible=self.first and bool(title)) as bar:
-            return self.step.evaluate(_watched(batches, bar), self.validation_reference)
+        with (
+            ProgressBar(title, len(batches), visible=self.first and bool(title)) as bar,
+            contextlib.closing(_watched(batches, bar)) as watched,
+        ):
+            return self.step.evaluate(watched, self.validation_reference)
 
     # ------------------------------------------------------------ saving
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree with, so that a run resumed from it is the same run."""
-        recipe = self.recipe
-        return {
-            **recipe.identity,
-            "data": self.inputs.data.fingerprint,
-            "global_batch": recipe.training.global_batch,
-            "steps": self.inputs.steps,
-            "seed": recipe.seed,
-        }
 
     def save(self, number: int) -> None:
         """Write a checkpoint after which step `number` comes next."""
@@ -243,35 +238,29 @@ class Trainer:
     def export(self) -> Path:
         """Write the trained model as a Hugging Face checkpoint, and return its folder."""
         optimizer.settle(self.step.chunks, self.recipe.parallel)
-        folder = publish.export_model(
-            self.step.chunks, self.recipe, self.inputs.folder, self.inputs.tokenizer
-        )
-        say(f"exported   {folder}")
-        return folder
-
-    def _newest_checkpoint(self) -> Path | None:
-        found = [index.checkpoints(self.output / "checkpoints")[-1:] if self.first else None]
-        dist.broadcast_object_list(found)
-        return found[0][0] if found[0] else None
+        read = self.inputs
+        return publish.export_model(self.step.chunks, self.recipe, read.folder, read.tokenizer, read.steps)
 
     def _resume(self) -> int:
         """Load the newest checkpoint of this run, if there is one, and return the step to start with."""
-        if self.newest is None:
-            if self.first:
-                self.output.mkdir(parents=True, exist_ok=True)
-                (self.output / "recipe.yaml").write_text(self.recipe.dump())
-            return 0
-        start = state.load(self.newest, self.step.chunks, self.step.optimizer, self.identity)
-        optimizer.configure(self.step.optimizer, self.recipe.training)
-        say(f"resuming   at step {start} of {self.inputs.steps} from {self.newest}")
+        start, steps = 0, self.inputs.steps
+        if self.newest is not None:
+            start = state.load(self.newest, self.step.chunks, self.step.optimizer)
+            optimizer.configure(self.step.optimizer, self.recipe.training)
+            say(f"resuming   at step {start} of {steps} from {self.newest}")
+        if start == steps:
+            say("           the run is finished: nothing is trained, and the model is exported again")
+        if self.first:
+            resume.keep_recipe(self.recipe, start)
         return start
 
 
-def _watched(batches: BatchLoader, bar: ProgressBar) -> Iterator[GlobalBatch]:
+def _watched(batches: BatchLoader, bar: ProgressBar) -> Generator[GlobalBatch, None, None]:
     """Yield every batch, and advance the bar when the next one is asked for."""
-    for _, batch in batches.prefetch(0, len(batches)):
-        yield batch
-        bar.advance()
+    with contextlib.closing(batches.prefetch(0, len(batches))) as coming:
+        for _, batch in coming:
+            yield batch
+            bar.advance()
 
 
 def _say_read(read: int, whole: int) -> None:

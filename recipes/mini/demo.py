@@ -13,15 +13,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from silva.engine.cli import run
 from silva.engine.errors import UserError
-from silva.engine.recipe.loading import load
-from silva.engine.training.trainer import Summary, train
-from silva.recipes.mini.make_model import make
+
+# torch takes seconds to import: a mistake on the command line is told before
+if TYPE_CHECKING:
+    from silva.engine.training.trainer import Summary
 
 DATA = Path(__file__).resolve().parent
 
@@ -45,6 +47,10 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: `out` exists and is not an earlier demo's.
     """
+    from silva.engine.recipe.loading import load
+    from silva.engine.training.trainer import train
+    from silva.recipes.mini.make_model import make
+
     began = time.perf_counter()
     if out.exists() and any(out.iterdir()):
         if not (out / "start" / "config.json").is_file():

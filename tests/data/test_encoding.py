@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import reading
 
 from benchmarks.fidelity import families
-from silva.engine.data.encoding import Encoder
+from silva.engine.data.encoding import Encoder, instructions
 from silva.engine.data.reading.messages import Message
 from silva.engine.data.reading.source import Comparison, Group
 from silva.engine.data.report import Report
@@ -188,3 +189,31 @@ def test_the_paths_of_one_sequence_have_to_fit_a_row(tokenizer):
     assert report.counts == {
         f"skipped: conversation whose answers do not fit a row of {limits['row_length']}": 1
     }
+
+
+FOLDED = "Solve it.\nWhat is 2 + 3?\nStep 1: try.\n```python\n2 + 3\n```\nOut: \nYour answer is wrong."
+
+
+def test_stages_agree_on_what_the_instruction_is(tmp_path):
+    """SFT rows fold the turns before into it; the instruction decides what is held out, drawn or contaminated."""
+    bare = "Solve it.\nWhat is 2 + 3?"
+    folded = {"id": "t_2_2", "parent_id": "t", "instruction": FOLDED, "response": "Step 1: print it."}
+    pair = {
+        "id": "t_2_2",
+        "parent_id": "t",
+        "trajectory": [
+            {"from": "user", "value": bare},
+            {"from": "assistant", "value": "Step 1: try."},
+            {"from": "user", "value": "Your answer is wrong."},
+        ],
+        "chosen": "Step 1: print it.",
+        "rejected": "Step 1: guess.",
+    }
+    found = []
+    for name, row, kind in (("sft", folded, "sequence"), ("pair", pair, "comparison")):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        source = Source(path=str(file), format=f"ultrainteract_{name}")
+        [group] = reading.groups(source, kind=kind, on_bad_row="refuse", report=Report())
+        found.append(instructions(group))
+    assert found == [[bare], [bare]]

@@ -137,7 +137,7 @@ def load_and_save(recipe: Recipe, source: Path, target: Path) -> None:
                 p.fill_(torch.nan)
     chunks = optimizer.wrap(bare, recipe.parallel)
     made = optimizer.build(chunks, recipe.training, recipe.parallel)
-    step = state.load(source, chunks, made, {})
+    step = state.load(source, chunks, made)
     for chunk in bare:
         for name, p in chunk.named_parameters():
             assert torch.isfinite(p).all(), name
@@ -184,9 +184,9 @@ def read_bytes(recipe: Recipe, source: Path) -> int:
     bare = gpt.build(hf.read_shape(recipe.model.path), recipe.parallel, head="lm", dtype=torch.bfloat16)
     chunks = optimizer.wrap(bare, recipe.parallel)
     made = optimizer.build(chunks, recipe.training, recipe.parallel)
-    state.load(source, chunks, made, {})  # the first time, modules are read too
+    state.load(source, chunks, made)  # the first time, modules are read too
     before = _characters_read()
-    state.load(source, chunks, made, {})
+    state.load(source, chunks, made)
     found = _characters_read() - before
     groups.shutdown()
     return found

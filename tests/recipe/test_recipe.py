@@ -9,7 +9,7 @@ from silva.engine.data.reading.formats import FORMATS
 from silva.engine.errors import UserError
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.recipe import schema as config
-from silva.engine.recipe.file import packaged
+from silva.engine.recipe.file import packaged, read
 from silva.engine.recipe.loading import load
 
 ALL = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -430,3 +430,10 @@ def test_saving_keeps_text_that_looks_like_something_else(recipe):
 def test_an_unknown_section_of_the_command_line_is_blamed_on_it():
     with pytest.raises(UserError, match=r"^command line: modle: unknown key; did you mean model\?"):
         load("mini-sft", ["modle.path=x"])
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("eurus") and name != "eurus-base"])
+def test_the_papers_recipes_skip_and_count_bad_rows(name):
+    """The data sets of the hub have empty answers and conversations that begin with the assistant."""
+    raw, _, _ = read(name, [])
+    assert raw["data"]["on_bad_row"] == "skip"

@@ -24,6 +24,7 @@ ROOMS = {
     "recipes/mini": "The demo",
     "benchmarks": "Benchmarks",
     "benchmarks/fidelity": "The comparison with transformers and TRL",
+    "benchmarks/clients": "Servers of exported models",
 }
 
 

@@ -25,6 +25,8 @@ class Parsed:
         group: id of the tree that the row belongs to, in formats whose rows are grouped.
         conversations: empty for a row that is well formed but has nothing to learn from.
         comparisons: indices into this row's own `conversations`.
+        instruction: of the tree, in formats whose prompts may hold more than it; by it a tree is held out or drawn, and
+            found in test sets.
         given: messages of the prompt; None: the row does not say where it ends, and sides begin where they part.
         reason: why there are no conversations.
         left_out: counts the parts that are left out of a row that is otherwise used, by `Report` entry.
@@ -34,6 +36,7 @@ class Parsed:
     conversations: list[Conversation]
     comparisons: list[Pair] = field(default_factory=list)
     given: int | None = None
+    instruction: str = ""
     reason: str = field(default="", compare=False)
     left_out: Counter[str] = field(default_factory=Counter, compare=False)
 
@@ -48,13 +51,16 @@ class Parsed:
             shared = len(shared_prefix(before, conversation))
             told.append([shared, [_short(message) for message in conversation[shared:]]])
             before = conversation
-        return json.dumps([self.group, told, self.comparisons, self.given], ensure_ascii=False)
+        return json.dumps(
+            [self.group, told, self.comparisons, self.given, self.instruction], ensure_ascii=False
+        )
 
     @classmethod
     def from_json(cls, line: str) -> Parsed:
         """Return the row that `to_json` was called on, without `reason` and `left_out`."""
-        group, told, comparisons, given = json.loads(line)
-        parsed = cls(group, [], [(chosen, rejected) for chosen, rejected in comparisons], given)
+        group, told, comparisons, given, instruction = json.loads(line)
+        pairs = [(chosen, rejected) for chosen, rejected in comparisons]
+        parsed = cls(group, [], pairs, given, instruction)
         before: Conversation = ()
         for shared, added in told:
             before = (*before[:shared], *(Message(*each) for each in added))

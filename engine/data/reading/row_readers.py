@@ -30,8 +30,21 @@ _TREE_ID = re.compile(r"(?P<hash>.+)_(?P<depth>\d+)_(?P<turn>\d+)")
 
 def ultrainteract_sft(row: Mapping[str, Any], kind: Kind) -> Parsed:
     """Read a row of openbmb/UltraInteract_sft: one correct action, its history already folded into the instruction."""
-    base = prompt(text(row["instruction"], "instruction"), "instruction")
-    return Parsed(text(row["parent_id"], "parent_id"), [answered(base, text(row["response"], "response"))])
+    instruction = text(row["instruction"], "instruction")
+    base = prompt(instruction, "instruction")
+    return Parsed(
+        text(row["parent_id"], "parent_id"),
+        [answered(base, text(row["response"], "response"))],
+        instruction=_bare(instruction),
+    )
+
+
+def _bare(instruction: str) -> str:
+    """Return an UltraInteract instruction without the history that may be folded into it.
+
+    Every action begins with "Step 1:". Both kinds of rows are cut, so that one instruction has one text in both.
+    """
+    return re.split(r"\n\s*Step 1:", instruction, maxsplit=1)[0].strip()
 
 
 def ultrainteract_pair(row: Mapping[str, Any], kind: Kind) -> Parsed:
@@ -49,11 +62,13 @@ def ultrainteract_pair(row: Mapping[str, Any], kind: Kind) -> Parsed:
         raise BadRow(
             "id and trajectory disagree about the turn", f"{quoted(name)} against {turns} user messages"
         )
-    return pair(
+    parsed = pair(
         text(row["parent_id"], "parent_id"),
         answered(trajectory, text(row["chosen"], "chosen")),
         answered(trajectory, text(row["rejected"], "rejected")),
     )
+    parsed.instruction = _bare(next(m.content for m in trajectory if m.role == "user"))
+    return parsed
 
 
 def ultrafeedback(row: Mapping[str, Any], kind: Kind) -> Parsed:

@@ -63,6 +63,7 @@ class Group:
         comparisons: empty in SFT groups.
         origin: place of the tree's first row, such as "train.jsonl:12".
         given: in SFT groups, messages of each conversation's prompt; 0 where the row does not say where it ends.
+        instruction: of the tree, where a conversation may not begin with it alone; see `Parsed.instruction`.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Group:
     comparisons: list[Comparison]
     origin: str
     given: list[int] = field(default_factory=list)
+    instruction: str = ""
 
 
 class SourceReader:
@@ -281,7 +283,7 @@ class _Tree:
     """Holds a group while its rows are added, and finds equal conversations by their text."""
 
     def __init__(self, parsed: Parsed, origin: str) -> None:
-        self.group = Group(parsed.group, [], [], origin)
+        self.group = Group(parsed.group, [], [], origin, instruction=parsed.instruction)
         self._root = root(parsed.conversations[0])
         self._index: dict[Conversation, int] = {}
         # place of the row of each comparison
@@ -336,7 +338,7 @@ class _Tree:
 
     def add_single_turn_pairs(self, source: "Source") -> None:
         """Add the pairs of actions of different turns, each as an answer to the instruction itself."""
-        for pair in single_turn_pairs(self._pairs(), source.single_turn_seed):
+        for pair in single_turn_pairs(self._pairs(), source.single_turn_seed, source.single_turn_limit):
             chosen, rejected = map(self._place, pair)
             self._compare(chosen, rejected, source.absolute)
 

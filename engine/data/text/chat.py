@@ -19,6 +19,7 @@ import numpy as np
 
 from silva.engine.data.reading.formats import Score
 from silva.engine.data.reading.messages import Conversation, Message
+from silva.engine.data.text import reader_tokens
 from silva.engine.data.text.chat_template import PLAIN, CannotRender, ChatTemplate, Rendered, resolve
 from silva.engine.data.text.tokenizer_files import NAMES, LoadedTokenizer, load
 from silva.engine.data.trees.group import TokenSequence
@@ -82,8 +83,14 @@ class ChatTokenizer:
         template: what renders conversations: `source` with what `add_bos` and `append_eos` change about it.
         plain: whether there is no chat template, only prompts and completions.
         vocab_size: number of ids, added tokens included.
-        pad_id: the padding token's id, else the unknown token's, else 0.
+        pad_id: of the padding of our own rows, which nothing reads: the padding token's, else the unknown token's, else
+            0.
         eos_id: None where the tokenizer has no EOS.
+        own_padding: id of the tokenizer's own padding token; None if it has none.
+        padding: id of the token that pads batches of an exported reward model: no conversation ends with it. None if
+            the tokenizer has no token to spare.
+        end: id of the token that ends an answer; None if none does.
+        appends_eos: whether a conversation ends with the EOS.
         fingerprint: sha256 of tokenizer files, template and flags; equal fingerprints tokenize equally.
 
     Raises:
@@ -128,6 +135,11 @@ class ChatTokenizer:
         served = self._with_eos(served, template, append_eos, control)
         self.template = ChatTemplate(tokenizer, served, name, control)
         self._ids = functools.lru_cache(maxsize=1024)(self._tokenized)
+        probe = self.template.render_guarded(_PROBE)
+        self.own_padding: int | None = tokenizer.pad_token_id
+        self.appends_eos = self.eos_id is not None and self._ids(probe).ids[-1] == self.eos_id
+        self.padding = reader_tokens.padding(tokenizer, served, self._ids(probe).ids[-1])
+        self.end = reader_tokens.end(tokenizer, probe.text.rpartition(_PROBE[1].content)[2])
         self.fingerprint = self._digest()
 
     @classmethod
@@ -272,6 +284,24 @@ class ChatTokenizer:
         return TokenSequence(tokens, scored)
 
     # ------------------------------------------------------------ text
+
+    def padding_within(self, vocabulary: int) -> tuple[int, str] | None:
+        """Return the id and the text of the token that pads batches of an exported reward model.
+
+        Args:
+            vocabulary: number of the model's ids. Where it is larger than the tokenizer's, a tokenizer without a token
+                to spare gets a new one.
+
+        Returns:
+            None if there is no such token.
+        """
+        if self.padding is not None:
+            return self.padding, self.token(self.padding)
+        return (self.vocab_size, reader_tokens.ADDED) if self.vocab_size < vocabulary else None
+
+    def token(self, number: int) -> str:
+        """Return the text of a token, for messages and files."""
+        return str(self._loaded.transformers.convert_ids_to_tokens(number))
 
     def _tokenized(self, rendered: Rendered) -> _Ids:
         """Tokenize a text; where a message spells a control token, by the text between those that are meant."""

@@ -142,7 +142,7 @@ class ChatTemplate:
         return self._cached(tuple(messages), generation)
 
     def _render(self, messages: tuple[Message, ...], generation: bool, **variables: str) -> str:
-        context, said = _split(messages)
+        context, said = split(messages)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [message.fields() for message in said],
@@ -169,7 +169,7 @@ class ChatTemplate:
 
     def unread(self, messages: Sequence[Message]) -> list[str]:
         """Return the names of what the messages bring beside their text and the template writes nothing of."""
-        context, said = _split(tuple(messages))
+        context, said = split(tuple(messages))
         names = dict.fromkeys([*context, *(key for message in said for key in message.more())])
         names.pop("content", None)
         return [name for name in names if self._without(name, messages) == self.render(messages)]
@@ -324,7 +324,7 @@ def _dropped(name: str, text: str) -> str:
     )
 
 
-def _split(messages: tuple[Message, ...]) -> tuple[dict[str, Any], tuple[Message, ...]]:
+def split(messages: tuple[Message, ...]) -> tuple[dict[str, Any], tuple[Message, ...]]:
     """Return what is given beside the messages, and the messages."""
     if messages and messages[0].role == "context":
         return json.loads(messages[0].content), messages[1:]

@@ -8,6 +8,8 @@ from collections import Counter
 import pytest
 import reading
 
+from benchmarks import ultrainteract
+from silva.engine.data.reading.augment import single_turn_pairs
 from silva.engine.data.report import Report
 from silva.engine.errors import UserError
 from silva.engine.recipe.schema import Source
@@ -92,7 +94,7 @@ def several_trajectories(seed):
     rows = [
         row
         for number in range(rng.randint(1, 4))
-        for row in tree_rows("a", rng.randint(1, 3), rng, rng.choice(["", f"{number} "]))
+        for row in tree_rows("a", rng.choice([1, 2, 2, 3, 3, 3, 4]), rng, rng.choice(["", f"{number} "]))
     ]
     for row in rows:
         if rng.random() < 0.4:
@@ -100,8 +102,16 @@ def several_trajectories(seed):
     return rows
 
 
+def beyond_the_limit(rows, limit):
+    """Whether the paper's N x N is above 10."""
+    if limit == "depth":
+        return max(len(row["trajectory"]) // 2 + 1 for row in rows) ** 2 > 10
+    return len({row["chosen"] for row in rows}) * len({row["rejected"] for row in rows}) > 10
+
+
+@pytest.mark.parametrize("limit", ["depth", "actions"])
 @pytest.mark.parametrize("seed", range(200))
-def test_the_papers_rules(tmp_path, seed):
+def test_the_papers_rules(tmp_path, seed, limit):
     rows = several_trajectories(seed)
     correct, incorrect = {row["chosen"] for row in rows}, {row["rejected"] for row in rows}
 
@@ -113,12 +123,12 @@ def test_the_papers_rules(tmp_path, seed):
         for good, bad in itertools.product(correct, incorrect)
         if not turns("chosen", good) & turns("rejected", bad)
     }
-    pairs = added(tmp_path, rows)
+    pairs = added(tmp_path, rows, single_turn_limit=limit)
     assert len(pairs) == len(set(pairs)) <= 9
     assert set(pairs) <= allowed
     uses = Counter(("+", good) for good, _ in pairs) + Counter(("-", bad) for _, bad in pairs)
     assert all(count <= 3 for count in uses.values())
-    if len(correct) * len(incorrect) > 10:
+    if beyond_the_limit(rows, limit):
         assert not pairs
     elif len(pairs) < 9:  # nothing that was allowed could still be added
         assert all(uses["+", good] == 3 or uses["-", bad] == 3 for good, bad in allowed - set(pairs))
@@ -128,9 +138,11 @@ def test_the_random_trees_reach_the_limits(tmp_path):
     reached = Counter()
     for seed in range(200):
         rows = several_trajectories(seed)
-        sides = len({row["chosen"] for row in rows}) * len({row["rejected"] for row in rows})
         pairs = added(tmp_path, rows)
-        reached["too many combinations"] += sides > 10
+        reached["too deep"] += beyond_the_limit(rows, "depth")
+        reached["too many combinations, not too deep"] += beyond_the_limit(
+            rows, "actions"
+        ) and not beyond_the_limit(rows, "depth")
         reached["an action three times"] += max(Counter(bad for _, bad in pairs).values(), default=0) == 3
         reached["some"] += bool(pairs)
     assert min(reached.values()) > 5
@@ -148,6 +160,28 @@ def test_the_draw_depends_on_seed_and_texts_alone(tmp_path):
         (chosen[-1].content, rejected[-1].content) for chosen, rejected in conversation_pairs(group)[5:]
     ] == first
     assert len({frozenset(added(tmp_path, rows, seed=seed)) for seed in range(40)}) == 4
+
+
+def test_one_more_correct_action_does_not_exclude_a_tree_of_depth_3(tmp_path):
+    rows = tree_rows("a", 3)
+    rows.append(rows[-1] | {"chosen": "right again"})
+    assert len(added(tmp_path, rows)) == 8
+    assert added(tmp_path, rows, single_turn_limit="actions") == []
+
+
+def test_the_count_by_the_papers_table():
+    """Trees of 2 and 3 turns with a pair at every turn, as many as Table 1 names."""
+    turns = [line.turns for line in ultrainteract.table()]
+    count = [sum(line[depth] for line in turns if len(line) > depth) for depth in range(5)]
+    assert count[1:3] == [12_199, 4_756]
+    drawn = {
+        len(tree.pairs): len(single_turn_pairs(tree.pairs, 0))
+        for tree in ultrainteract.trees(300, only="interactive")
+        if len(tree.pairs) == tree.depth
+    }
+    assert drawn == {1: 0, 2: 2, 3: 6, 4: 0, 5: 0}
+    assert sum(count[depth - 1] * drawn[depth] for depth in (2, 3)) == 52_934
+    assert "52,934" in (single_turn_pairs.__doc__ or "")
 
 
 def test_single_turn_pairs_share_the_trees_sequences_and_its_absolute(tmp_path):

@@ -34,6 +34,7 @@ class Source:
     absolute: bool = False
     single_turn_pairs: bool = False
     single_turn_seed: int = 0
+    single_turn_limit: str = "depth"
     columns: dict[str, str] = field(default_factory=dict)
 
 

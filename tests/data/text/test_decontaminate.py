@@ -9,10 +9,14 @@ import reading
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.fidelity import families
+from silva.engine.data import pipeline
+from silva.engine.data.dataset import prepare
 from silva.engine.data.report import Report
-from silva.engine.data.text.decontaminate import Decontaminator
+from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.data.text.decontaminate import Decontaminator, SourceWords
 from silva.engine.errors import UserError
-from silva.engine.recipe.schema import Decontaminate, EvaluationSet, Source
+from silva.engine.recipe.schema import Data, Decontaminate, EvaluationSet, Source
 
 
 def write(folder, questions, name="test.jsonl", field="question"):
@@ -43,7 +47,7 @@ def test_shared_ngrams(tmp_path, seed, ngram):
     known = ("a", "B") if ngram == 8 else ("a", "B", "c1", "dé")
     tests = {f"{n}.jsonl": [text(rng, 16, known) for _ in range(4)] for n in range(2)}
     paths = [write(tmp_path, questions, name) for name, questions in tests.items()]
-    decontaminator = built(*paths, ngram=ngram)
+    decontaminator = built(*paths, ngram=ngram, boilerplate=1)
 
     def grams(words):
         if len(words) < ngram:
@@ -188,3 +192,79 @@ def test_gsm8k_questions(inputs):
     found = [decontaminator.match(question) is not None for question in training]
     assert found == [not grams(question).isdisjoint(test) for question in training]
     assert 0 < sum(found) < len(training) / 10
+
+
+OPENING = "Solve the following math problem step by step"
+
+
+def test_what_a_sources_prompts_have_in_common_is_no_match(tmp_path):
+    """The opening is in one test text too; a test question among the instructions is still found."""
+    question = "Janet sells ducks at nine in the morning, every day but Sunday, and wants to know why."
+    test = write(
+        tmp_path, [f"{OPENING}:\n{question}", "What is seven times eight, and what is nine times eight?"]
+    )
+    decontaminator = built(test)
+    rest = [f"{number} apples and {number + 1} pears cost {number + 2} coins" for number in range(20)]
+    instructions = [f"{OPENING}.\n{each}" for each in rest] + [f"{OPENING}.\n{question}"]
+    assert all(decontaminator.match(each) for each in instructions)
+    words = SourceWords(decontaminator)
+    for each in instructions:
+        words.add(each)
+    hashes, common = words.boilerplate()
+    assert common == [(OPENING.casefold(), 21, 21)]
+    found = [decontaminator.match(each, hashes) for each in instructions]
+    assert found[:-1] == [None] * 20
+    assert found[-1] is not None
+    assert found[-1].text.startswith("the following math problem step by step janet")
+
+
+def test_what_a_test_sets_texts_have_in_common_is_no_match(tmp_path):
+    numbers = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    questions = [f"{OPENING}: how many {each} are there in {each} boxes of {each}?" for each in numbers]
+    decontaminator = built(write(tmp_path, questions))
+    assert [common for _, common in decontaminator.boilerplate] == [
+        (f"{OPENING} how many".casefold(), 10, 10)
+    ]
+    assert decontaminator.match(f"{OPENING}: 2 + 2") is None
+    assert decontaminator.match(questions[3]) is not None
+    assert built(write(tmp_path, questions), boilerplate=1).match(f"{OPENING}: 2 + 2") is not None
+
+
+@pytest.mark.parametrize(
+    ("texts", "limit"), [(5, 5), (10, 5), (30, 10), (100, 11), (1000, 20), (80_000, 810)]
+)
+def test_a_test_question_in_a_few_other_words_is_no_boilerplate(texts, limit, tmp_path):
+    decontaminator = built(write(tmp_path, [OPENING]))
+    for count, expected in ((limit - 1, False), (limit, True)):
+        words = SourceWords(decontaminator)
+        for number in range(texts):
+            words.add(OPENING if number < count else "something else")
+        assert bool(words.boilerplate()[0]) == expected
+
+
+def test_boilerplate_is_named_and_its_rows_are_kept(tmp_path):
+    rows = [{"prompt": f"{OPENING}:\n{number} and {number}?", "completion": "yes"} for number in range(12)]
+    found, left_out = kept(tmp_path, rows, [f"{OPENING}: what else is there to be found?"])
+    assert found == 12
+    [line] = left_out
+    assert line.startswith(
+        f"noted: taken for boilerplate and not for a test text: '{OPENING.casefold()}', in "
+    )
+    assert line.endswith(
+        "rows.jsonl, of 12 instructions in: 12 (first: " + str(tmp_path / "rows.jsonl") + ")"
+    )
+
+
+def kept(folder, rows, questions):
+    """How many rows a run would train on, and what is said of the others."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    against = [{"path": write(folder, questions), "fields": ["question"]}]
+    settings = Data.model_validate(
+        {"train": [{"path": str(file), "format": "prompt_completion"}], "decontaminate": {"against": against}}
+    )
+    tokenizer = ChatTokenizer.load(str(families.checkpoint("chatml", folder / "model")))
+    data, [cache] = prepare(
+        settings.train, tokenizer, settings, unit="sequence", cache=folder / "cache", seed=0
+    )
+    return data.sequences, pipeline.report(cache).lines()
