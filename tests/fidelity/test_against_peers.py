@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fidelity import cases, families
+from benchmarks.fidelity import cases, families, readers
 
 # both sides compute in float32, in another order; AdamW divides by the root of the second moment, which makes a
 # rounding error of a small gradient larger
@@ -36,6 +36,13 @@ def test_every_answer_has_the_loss_that_transformers_gives_it_alone(case, tmp_pa
     assert found.tokens == 0
     assert found.losses < LOSS
     assert found.export is not None
+    assert found.export < EXPORT
+
+
+@pytest.mark.parametrize("case", readers.exports(), ids=lambda case: case.name)
+def test_readers_of_an_export_get_what_training_computed(case, tmp_path):
+    found = readers.read(case, tmp_path)
+    assert found.tokens == 0
     assert found.export < EXPORT
 
 
