@@ -9,8 +9,9 @@ these tokens; the radix merge computes them once.
 import functools
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -134,7 +135,11 @@ class ChatTokenizer:
         template = ChatTemplate(tokenizer, served, name, control)
         served = self._with_eos(served, template, append_eos, control)
         self.template = ChatTemplate(tokenizer, served, name, control)
+        self._spelled = {token.content: number for number, token in self._added.items()}
+        self._splits = _splitting(self._added.values(), tokenizer.backend_tokenizer)
         self._ids = functools.lru_cache(maxsize=1024)(self._tokenized)
+        # a tree's conversations begin alike, so most of the texts between added tokens have been seen
+        self._between = functools.lru_cache(maxsize=4096)(self._plain_ids)
         probe = self.template.render_guarded(_PROBE)
         self.own_padding: int | None = tokenizer.pad_token_id
         self.appends_eos = self.eos_id is not None and self._ids(probe).ids[-1] == self.eos_id
@@ -305,7 +310,7 @@ class ChatTokenizer:
 
     def _tokenized(self, rendered: Rendered) -> _Ids:
         """Tokenize a text; where a message spells a control token, by the text between those that are meant."""
-        if rendered.mark:
+        if rendered.mark or (self._splits is not None and not self._adds_special):
             return self._segments(rendered, after="nothing")
         ids = self._loaded.transformers.backend_tokenizer.encode(
             rendered.text, add_special_tokens=self._adds_special
@@ -319,28 +324,36 @@ class ChatTokenizer:
             rendered: added tokens with a mark inside are plain characters.
             after: what stands in front of the text.
         """
-        backend = self._loaded.transformers.backend_tokenizer
-        # the tokenizer itself finds the added tokens, whatever their flags make of the text around them
-        found = backend.encode(rendered.marked, add_special_tokens=False)
         ids: list[int] = []
         if after == "nothing" and self._adds_special:
             ids, after = [self._loaded.transformers.bos_token_id], "nothing"
         end = 0
-        added = [(n, *span) for n, span in zip(found.ids, found.offsets, strict=True) if n in self._added]
         size = len(rendered.marked)
-        for number, start, stop in [*added, (None, size, size)]:
+        for number, start, stop in [*self._added_tokens(rendered.marked), (None, size, size)]:
             plain = rendered.marked[end:start]
             if rendered.mark:
                 plain = plain.replace(rendered.mark, "")
             if plain:
                 prefix = after == "nothing" or (after == "added" and self._loaded.prefix_after_special)
-                ids += self._loaded.text.encode(plain, prefix=prefix)
+                ids += self._between(plain, prefix)
                 after = "text"
             if number is not None:
                 ids.append(number)
                 after = "added"
             end = stop
         return _Ids(ids, after == "added")
+
+    def _plain_ids(self, text: str, prefix: bool) -> list[int]:
+        return self._loaded.text.encode(text, prefix=prefix)
+
+    def _added_tokens(self, text: str) -> list[tuple[int, int, int]]:
+        """Find the added tokens of a text, each with the place where it begins and where it ends."""
+        if self._splits is not None:
+            return [(self._spelled[found[0]], *found.span()) for found in self._splits.finditer(text)]
+        # the tokenizer itself finds them, whatever their flags make of the text around them
+        encoded = self._loaded.transformers.backend_tokenizer.encode(text, add_special_tokens=False)
+        pairs = zip(encoded.ids, encoded.offsets, strict=True)
+        return [(number, *span) for number, span in pairs if number in self._added]
 
     # ------------------------------------------------------------ files
 
@@ -401,6 +414,19 @@ class ChatTokenizer:
         flags = {"template": self.template.source, "adds_special": self._adds_special}
         digest.update(json.dumps(flags, sort_keys=True).encode())
         return digest.hexdigest()
+
+
+def _splitting(added: Collection[Any], backend: Any) -> re.Pattern[str] | None:
+    """Return a pattern that finds added tokens as the tokenizer does; None where their flags need the tokenizer."""
+    plain = not any(token.single_word or token.lstrip or token.rstrip for token in added)
+    # those that are looked for in normalized text are found after all others
+    alike = not any(token.normalized for token in added) or (
+        backend.normalizer is None and all(token.normalized for token in added)
+    )
+    if not added or not plain or not alike:
+        return None
+    longest_first = sorted((token.content for token in added), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def _behind(full: Rendered, prompt: Rendered) -> Rendered:
