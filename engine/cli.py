@@ -8,8 +8,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from silva.engine.errors import UserError
+from silva.engine.errors import Stopped, UserError
 from silva.engine.progress import is_first_process
+
+# EX_TEMPFAIL of sysexits.h, for a run that has stopped as asked; what a shell gives after Ctrl-C
+STOPPED, INTERRUPTED = 75, 130
 
 
 def run(work: Callable[[], None]) -> int:
@@ -23,7 +26,7 @@ def run(work: Callable[[], None]) -> int:
         work: what the program does; it raises UserError for bad input.
 
     Returns:
-        0, or 2 after one line on stderr for bad input.
+        0; 2 after one line on stderr for bad input; 75 for a run that SIGTERM or SIGUSR1 has stopped; 130 after Ctrl-C.
     """
     try:
         work()
@@ -33,6 +36,16 @@ def run(work: Callable[[], None]) -> int:
         message = " ".join(str(error).splitlines())
         print(f"{who}: error: {message}", file=sys.stderr)
         code = 2
+    except Stopped as stopped:
+        if is_first_process():
+            print(f"silva: {stopped}; start it again to go on", file=sys.stderr)
+        code = STOPPED
+    except KeyboardInterrupt:
+        if is_first_process():
+            print(
+                "silva: interrupted; started again, a run goes on from its newest checkpoint", file=sys.stderr
+            )
+        code = INTERRUPTED
     except BaseException:
         if not _others_are_left():
             raise

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message names the file and the row or key, what was found and what to do. The command-line programs print it as
     one line and exit with code 2.
     """
+
+
+class Stopped(Exception):
+    """Says that a run has stopped because it was asked to; started again, it goes on."""

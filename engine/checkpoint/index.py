@@ -1,79 +1,35 @@
-"""Reads what a checkpoint's folder says of itself: its name, `run.json`, and torch's index of what lies where.
+"""Reads what a checkpoint's folder says of itself: its name, and `run.json` with the run and every file's digest.
 
-Nothing here touches a model. The index is a pickle, so it is read through a list of the names that it may hold.
+Nothing here touches a model.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import pickle
-from collections.abc import Iterator
+import os
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any
 
 from silva.engine.parallel import groups
 
-import torch
-from torch.distributed.checkpoint import filesystem
+import torch.distributed as dist
 
 from silva.engine.errors import UserError
 
 PREFIX = "step-"
 PARTIAL = ".partial"
-# says which run the checkpoint belongs to, which step comes next, and the size of every file
+# says which run the checkpoint belongs to, which step comes next, and size and digest of every file
 RUN = "run.json"
-# torch's index of what lies where in which file
-INDEX = ".metadata"
-# ends the errors about a damaged checkpoint
-ELSE = "remove the checkpoint to go on from the one before it"
-
-# The names that torch's checkpoint index may hold. The index is a pickle: any other name in it is refused, because
-# loading it could run code.
-_INDEX_MODULES = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "megatron.core.dist_checkpointing.strategies.torch",
-}
-_INDEX_NAMES = {
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("builtins", "list"),
-    ("builtins", "dict"),
-}
+# ends the name of a file that holds another one's digest until the checkpoint is complete
+DIGEST = ".digest"
+# ends the name of a damaged checkpoint
+ASIDE = ".damaged"
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles an index, and refuses names that are not in the list."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in _INDEX_NAMES or (module in _INDEX_MODULES and "." not in name)
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's index")
-
-
-@contextlib.contextmanager
-def guarded_index() -> Iterator[None]:
-    """Have torch read a checkpoint's index through the list of allowed names while the block lasts.
-
-    Every release of torch up to 2.13 loads it with `pickle.load`, and none offers another way.
-    """
-
-    def load(file: BinaryIO) -> Any:
-        return _IndexUnpickler(file).load()
-
-    patched: Any = filesystem
-    original = patched.pickle
-    patched.pickle = SimpleNamespace(load=load, dump=pickle.dump)
-    try:
-        yield
-    finally:
-        patched.pickle = original
+class Damaged(UserError):
+    """Says that a checkpoint is not what was written; another one may be."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -85,48 +41,114 @@ def described(checkpoint: Path) -> dict[str, Any]:
     """Return what `run.json` says; the other files are not looked at.
 
     Raises:
-        UserError: it is damaged, or written by another version.
+        Damaged: it is not what was written, or belongs to another checkpoint.
     """
+    file = checkpoint / RUN
     try:
-        saved: dict[str, Any] = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
-        complete = isinstance(saved["step"], int) and isinstance(saved["files"], dict)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / RUN}: is damaged ({error!r}); {ELSE}") from error
-    if not complete:
-        raise UserError(f"{checkpoint / RUN}: is damaged (its step or its files are missing); {ELSE}")
-    return saved
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        digest = saved.pop("digest")
+        step, files = saved["step"], saved["files"]
+        named = [(name, size, code) for name, (size, code) in files.items()]
+    # whatever a damaged file may lead to
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{file}: is damaged ({str(error)[:80]!r})") from error
+    if digest != _digest_of(saved):
+        raise Damaged(f"{file}: is not what was written (its digest differs)")
+    if checkpoint.name != f"{PREFIX}{step:08d}":
+        raise Damaged(f"{file}: is that of step {step}, and the folder's name is another one")
+    if any(Path(name).name != name for name, _, _ in named):
+        raise Damaged(f"{file}: names a file outside the checkpoint")
+    found: dict[str, Any] = saved
+    return found
 
 
-def checked(checkpoint: Path) -> dict[str, Any]:
-    """Return what `run.json` says, if the checkpoint is complete.
+def publish(partial: Path, final: Path, run: dict[str, Any]) -> None:
+    """Write `run.json` with the digest of every file, and give a complete checkpoint its name.
 
-    The call is collective: rank 0 reads the folder, and every rank returns what it found or raises its error.
+    Everything is on the disk before the name is there.
 
     Args:
-        checkpoint: its folder.
-
-    Returns:
-        The content of `run.json`.
-
-    Raises:
-        UserError: the checkpoint is damaged.
+        partial: the folder that was written.
+        final: what it will be called; one that is there is replaced.
+        run: what identifies the run, and its step, as JSON.
     """
-    saved: dict[str, Any] = groups.from_first(lambda: _inspected(checkpoint))
-    return saved
+    files = {}
+    for path in sorted(partial.iterdir()):
+        if path.name.endswith(DIGEST):
+            continue
+        known = path.with_name(path.name + DIGEST)
+        code = known.read_text() if known.is_file() else settled(path)
+        files[path.name] = [path.stat().st_size, code]
+    for path in partial.glob(f"*{DIGEST}"):
+        path.unlink()
+    content = {**run, "files": files}
+    (partial / RUN).write_text(json.dumps(content | {"digest": _digest_of(content)}, indent=1) + "\n")
+    settled(partial / RUN)
+    _sync(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _sync(final.parent)
 
 
-def _inspected(checkpoint: Path) -> dict[str, Any]:
-    saved = described(checkpoint)
-    for name, size in saved["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; {ELSE}")
-        if file.stat().st_size != size:
-            raise UserError(f"{file}: has {file.stat().st_size} bytes instead of {size}; {ELSE}")
+def settled(path: Path) -> str:
+    """Return the digest of a file when its bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, _hash).hexdigest()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Say which file of a checkpoint is not what was written; None if all are.
+
+    The call is collective: every rank reads its share of the files.
+
+    Args:
+        checkpoint: its folder, whose `run.json` is sound.
+    """
+    files: dict[str, Any] = described(checkpoint)["files"]
+    problem = None
+    for place, (name, (size, code)) in enumerate(sorted(files.items())):
+        if place % dist.get_world_size() == dist.get_rank():
+            problem = problem or _problem(checkpoint / name, size, code)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    # a rank with more to read may be minutes behind
+    groups.wait_for_all()
+    dist.all_gather_object(problems, problem)
+    return next((each for each in problems if each), None)
+
+
+def _problem(file: Path, size: int, code: str) -> str | None:
     try:
-        with (checkpoint / INDEX).open("rb") as stream:
-            _IndexUnpickler(stream).load()
-    # a damaged pickle may raise any exception
-    except Exception as error:
-        raise UserError(f"{checkpoint / INDEX}: is no index of a checkpoint ({error}); {ELSE}") from error
-    return saved
+        found = file.stat().st_size
+        if found != size:
+            return f"{file}: has {found:,} bytes instead of {size:,}"
+        with file.open("rb") as stream:
+            same = hashlib.file_digest(stream, _hash).hexdigest() == code
+    except OSError as error:
+        return f"{file}: cannot be read ({error.strerror})"
+    return None if same else f"{file}: is not what was written (its digest differs)"
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is none any more, and return its new name."""
+    aside = checkpoint.with_name(f"{checkpoint.name}{ASIDE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    return aside
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return _hash(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(content: bytes = b"") -> Any:
+    return hashlib.blake2b(content, digest_size=16)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

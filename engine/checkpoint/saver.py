@@ -7,8 +7,6 @@ its part, and the checkpoint is published when all of them are done.
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import shutil
 import time
@@ -24,8 +22,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
-from silva.engine.checkpoint import state, writer
-from silva.engine.checkpoint.index import INDEX, PARTIAL, PREFIX, RUN, checkpoints
+from silva.engine.checkpoint import plain_files, state, writer
+from silva.engine.checkpoint.index import PARTIAL, PREFIX, checkpoints, publish
 from silva.engine.errors import UserError
 
 
@@ -124,20 +122,16 @@ class Saver:
 
     def _publish(self, partial_folder: Path, final: Path, identity: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
-            files = {path.name: path.stat().st_size for path in sorted(partial_folder.iterdir())}
-            # the index holds the folder's name, and is read as a whole anyway when a checkpoint is checked
-            del files[INDEX]
-            text = json.dumps(identity | {"files": files}, indent=1) + "\n"
-            (partial_folder / RUN).write_text(text)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial_folder, final)
+            publish(partial_folder, final, identity)
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         dist.barrier()
 
     def _finishing(self, work: Callable[[], Any]) -> None:
         try:
-            work()
+            # torch's index is written when the writers of all ranks are done
+            with plain_files.in_use():
+                work()
         # raised on every rank, with the reasons on the first one
         except CheckpointException as error:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import CheckpointException
 
-from silva.engine.checkpoint import optimizer_state
-from silva.engine.checkpoint.index import ELSE, checked, guarded_index
+from silva.engine.checkpoint import optimizer_state, plain_files
+from silva.engine.checkpoint.index import described
 from silva.engine.errors import UserError
 from silva.engine.model.gpt import unwrapped
 
@@ -77,16 +78,22 @@ def load(checkpoint: Path, chunks: Sequence[Any], optimizer: Any) -> int:
         The step that comes next.
 
     Raises:
-        UserError: the checkpoint is damaged, or holds another model.
+        UserError: the checkpoint is damaged, or holds another model. That files are what was written is not checked
+            here; see `index.damage`.
     """
-    saved = checked(checkpoint)
+    saved = described(checkpoint)
     problem, cause = None, None
     try:
-        with guarded_index():
+        with plain_files.in_use(), warnings.catch_warnings():
+            # megatron-core reads through functions of torch that have newer names, and nobody here can change that
+            warnings.filterwarnings("ignore", "(`load_state_dict` is|Please use DTensor)", FutureWarning)
             state = dist_checkpointing.load(sharded(chunks, optimizer, loading=True), str(checkpoint))
     except (CheckpointException, CheckpointingException, pickle.UnpicklingError, ValueError) as error:
         why = reasons(error) if isinstance(error, CheckpointException) else _reason(error)
-        problem, cause = f"{checkpoint}: cannot be read ({why}); {ELSE}", error
+        problem, cause = (
+            f"{checkpoint}: cannot be read ({why}); remove it to go on from the one before it",
+            error,
+        )
     problems: list[str | None] = [None] * dist.get_world_size()
     # not every release of megatron-core tells the other ranks
     dist.all_gather_object(problems, problem)

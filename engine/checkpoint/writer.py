@@ -21,13 +21,10 @@ AsyncRequest.execute_sync             waits at most ten minutes at a barrier for
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import os
 import pickle
 import queue
-import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from silva.engine.parallel import groups
+from silva.engine.parallel.parents import end_with
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -43,6 +41,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.planner import WriteItemType
+
+from silva.engine.checkpoint import plain_files
+from silva.engine.checkpoint.index import DIGEST, settled
 
 Write = Callable[[list[Any], int, list[Any], "Results"], None]
 
@@ -68,7 +69,7 @@ def request(
     # later releases ask which library writes
     library = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options: dict[str, Any] = {"async_strategy": "mcore"} if library else {}
-    with _without_copies():
+    with _without_copies(), plain_files.in_use():
         found: Any = dist_checkpointing.save(
             state,
             str(folder),
@@ -171,6 +172,7 @@ def write_files(transforms: list[Any], rank: int, buckets: list[Any], results: R
         buckets: the files, as `request` staged them.
         results: what was written, or the exception of a thread that failed, is put here.
     """
+    # a forked writer holds the GPU's memory for as long as it lives, and the run that is started again needs it
     if os.getpid() != results.owner:
         end_with(results.owner)
     answers: queue.Queue[Any] = queue.Queue()
@@ -181,25 +183,16 @@ def write_files(transforms: list[Any], rank: int, buckets: list[Any], results: R
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             transforms, place, buckets[place], answers, tickets, True
         )
+        # computed here, where the file is still in memory; the first process collects them when it publishes
+        file = Path(buckets[place][0])
+        if file.is_file():
+            file.with_name(file.name + DIGEST).write_text(settled(file))
 
     with ThreadPoolExecutor(len(buckets)) as pool:
         list(pool.map(write, range(len(buckets))))
     found = dict(answers.get_nowait() for _ in buckets)
     failed = [answer for answer in found.values() if isinstance(answer, Exception)]
     results.put(failed[0] if failed else found)
-
-
-def end_with(parent: int) -> None:
-    """Have this process killed when its parent ends.
-
-    A forked writer holds the GPU's memory for as long as it lives, and the run that is started again needs it.
-    """
-    if sys.platform == "linux":
-        # 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        # the parent may have ended before the call
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 class Results:

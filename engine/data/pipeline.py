@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     from silva.engine.recipe.schema import Source
 
 Say = Callable[[str], None]
+# names every file's digest
+DIGESTS = "digests.json"
 # raised whenever the same input would give other shards
-VERSION = 3
+VERSION = 4
 # parsed text of one shard; a worker holds one shard at a time, as objects that take about ten times as many bytes
 SHARD_BYTES = 8 << 20
 # rows between two updates of the progress bar
@@ -103,7 +105,8 @@ def build(task: SourceTask, cache: Path, *, workers: int | None = None, say: Say
         task: what the shards depend on.
         cache: the folder's parent.
         workers: number of processes that tokenize; None for one per core that this process may run on.
-        say: told when the folder has to be made; if given, progress bars show on a terminal.
+        say: told when the folder has to be made; if given, progress bars show on a terminal. The bytes of a folder that
+            is there are compared with those that were written only then: one process of several does it.
 
     Raises:
         UserError: unreadable or malformed data (see `formats`, `encoding`), or a worker that was killed.
@@ -111,6 +114,11 @@ def build(task: SourceTask, cache: Path, *, workers: int | None = None, say: Say
     # invalid keys are refused before any byte of the source is read
     _ = task.reader
     folder = cache / task.key
+    if say is not None and folder.is_dir():
+        damaged = _damage(folder)
+        if damaged is not None:
+            say(f"damaged    {damaged}: is not what was written; the source is tokenized again")
+            shutil.rmtree(folder)
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
@@ -158,7 +166,32 @@ def _make(task: SourceTask, folder: Path, workers: int, say: Say | None) -> None
         raise
     for name in ("rows", "rows.npy", "shards.npy", "boilerplate.npy", "spooled"):
         (work / name).unlink()
+    written = {path.name: _file_digest(path) for path in sorted(work.iterdir())}
+    _write(work / DIGESTS, json.dumps(written, indent=1))
     work.rename(folder)
+
+
+def _damage(folder: Path) -> Path | None:
+    """Return the first file of a finished folder that is not what was written; None if all are."""
+    try:
+        written = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        return next(
+            (
+                folder / name
+                for name in sorted({*written, *(path.name for path in folder.iterdir())} - {DIGESTS})
+                if _file_digest(folder / name) != written.get(name)
+            ),
+            None,
+        )
+    except (OSError, ValueError, AttributeError, TypeError):
+        return folder / DIGESTS
+
+
+def _file_digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 # ---------------------------------------------------------------- reading

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from silva.engine.parallel import rendezvous
+from silva.engine.parallel import parents, rendezvous
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,9 @@ from silva.engine.errors import UserError
 if TYPE_CHECKING:
     from silva.engine.recipe.schema import Parallel
 
-# The rendezvous store lives as long as the process, because its server cannot be moved. Every world takes a prefix of
-# its own, because the addresses of an earlier world would be read as those of the new one.
+# The rendezvous store lives as long as the process, because its server cannot be moved; torchrun's outlives its
+# processes when it starts them again. Every world takes a prefix of its own, because the addresses of an earlier world
+# would be read as those of the new one.
 _store: dist.Store | None = None
 _worlds = 0
 
@@ -93,10 +94,12 @@ def _join_world() -> None:
         torch.cuda.set_device(local_rank())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     rank, size = rendezvous.world()
+    parents.end_with_agent()
     if _store is None:
         _store = rendezvous.join(rank, size)
     _worlds += 1
-    store = dist.PrefixStore(f"silva-{_worlds}", _store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"silva-{attempt}-{_worlds}", _store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 

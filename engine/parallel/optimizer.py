@@ -269,6 +269,23 @@ def configure(optimizer: Any, training: Training) -> None:
         group["eps"] = training.epsilon
 
 
+def prepare(optimizer: Any) -> float:
+    """Bring the gradients to where the update reads them, and clip them; `step_with_ready_grads` is the update.
+
+    The call is collective.
+
+    Args:
+        optimizer: of `get_megatron_optimizer`.
+
+    Returns:
+        The norm of the global gradient before clipping, the same on every rank.
+    """
+    # megatron-core chains several only for experts and for frozen parameters, and the models here have neither
+    [one] = optimizer.chained_optimizers
+    one.prepare_grads()
+    return float(one.clip_grad_norm(one.config.clip_grad))
+
+
 def settle(chunks: Sequence[Any], parallel: Parallel) -> None:
     """Finish gathering updated parameters, which `parallel.overlap` puts off until the next forward pass.
 

@@ -193,10 +193,14 @@ class Training(Section):
     epsilon: Positive = 1e-8
     # the largest norm of the global gradient
     clip: Positive = 1.0
+    # So many steps in a row whose loss or gradient is not finite are left out: they change no weight. One more ends the
+    # run.
+    skip_nonfinite: Number = 0
     # number of steps; 0: never
     validate_every: Number = 0
-    # number of steps; 0: only at the end
+    # a checkpoint is written after so many steps (0: not by steps), and after so many minutes (0: not by time)
     save_every: Number = 0
+    save_minutes: NonNegative = 15.0
     # number of checkpoints
     keep: Count = 2
     # whether training goes on while a checkpoint is written
@@ -273,6 +277,7 @@ Changeable = Literal[
     "training.beta2",
     "training.epsilon",
     "training.clip",
+    "training.skip_nonfinite",
     "training.epochs",
     "training.max_steps",
     "data.validation",
@@ -283,6 +288,8 @@ class Resume(Section):
     """Says what may differ from the recipe with which a run began."""
 
     change: list[Changeable] = []
+    # whether the bytes of a checkpoint are compared with those that were written before it is gone on from
+    verify: bool = True
 
 
 class Export(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +79,19 @@ def summarize(sums: Tensor, count: int) -> dict[str, float]:
     return means
 
 
+def _before(path: Path, step: int) -> list[str]:
+    """Return the lines of the steps before one; a line that a kill has torn is of a step that is repeated anyway."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(number, int) and number < step:
+            kept.append(line)
+    return kept
+
+
 class Journal:
     """Writes `metrics.jsonl` and TensorBoard events to a run's folder; does nothing on ranks that do not write.
 
@@ -97,20 +111,28 @@ class Journal:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = []
-        if start_step and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < start_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = _before(path, start_step)
+        # written beside it and renamed, so that a kill loses no history
+        repaired = path.with_suffix(".partial")
+        repaired.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        repaired.replace(path)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Write one line `{"step", "kind", ...}`; kind is "train" or "validation"."""
+        """Write one line `{"step", "kind", ...}`; kind is "train" or "validation".
+
+        JSON has no numbers that are not finite: their names are listed under "not_finite".
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line: dict[str, object] = {"step": step, "kind": kind, **finite}
+        if len(finite) < len(values):
+            line["not_finite"] = [name for name in values if name not in finite]
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
+        for name, value in finite.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> Journal:

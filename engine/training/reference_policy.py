@@ -36,7 +36,7 @@ from silva.engine.training.inputs import Inputs, batches_of
 from silva.engine.training.passes import sequence_values
 
 # is raised whenever the meaning of the cached numbers changes
-FORMAT = "reference 2"
+FORMAT = "reference 3"
 
 LogProbs = NDArray[np.float32]
 
@@ -191,7 +191,7 @@ def cached(folder: Path, key: str, count: int, compute: Callable[[], LogProbs]) 
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({"logprob": values}, partial, metadata={"key": key})
+        save_file({"logprob": values}, partial, metadata={"key": key, "digest": _digest(values)})
         os.replace(partial, path)
     dist.barrier()
     return values, False
@@ -202,7 +202,14 @@ def _read(path: Path, count: int) -> LogProbs | None:
         return None
     try:
         with safe_open(path, "numpy") as file:
-            values = file.get_tensor("logprob")
+            values, written = file.get_tensor("logprob"), file.metadata() or {}
     except (SafetensorError, OSError):
-        return None
-    return values if values.shape == (count,) else None
+        values, written = np.zeros(0, np.float32), {}
+    if values.shape == (count,) and written.get("digest") == _digest(values):
+        return values
+    say(f"damaged    {path}: is not what was written; its log-probs are computed again")
+    return None
+
+
+def _digest(values: LogProbs) -> str:
+    return hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.errors import UserError
 from silva.engine.model import hf
 from silva.engine.objectives import OBJECTIVES
+from silva.engine.progress import say
 from silva.engine.recipe import identity
 from silva.engine.recipe.schema import Recipe
 from silva.engine.training.inputs import Inputs
@@ -64,17 +66,37 @@ def newest(recipe: Recipe, run: dict[str, Any]) -> Path | None:
         run: of `run_of`.
 
     Raises:
-        UserError: the checkpoint was written by a run with other settings or inputs.
+        UserError: the checkpoint was written by a run with other settings or inputs, or every checkpoint is damaged.
     """
+    asides: list[str] = []
 
-    def find() -> Path | None:
+    def find() -> tuple[Path | None, str | None]:
         saved = index.checkpoints(Path(recipe.output) / "checkpoints")
-        if saved:
+        if not saved and asides:
+            raise UserError(
+                f"{recipe.output}: every checkpoint is damaged ({', '.join(asides)}); to start from the beginning, "
+                "remove these folders"
+            )
+        if not saved:
+            return None, None
+        try:
             _check(recipe, _described(saved[-1]), run)
-        return saved[-1] if saved else None
+        except index.Damaged as error:
+            return saved[-1], str(error)
+        return saved[-1], None
 
-    found: Path | None = groups.from_first(find)
-    return found
+    while True:
+        found, problem = groups.from_first(find)
+        if found is not None and problem is None and recipe.resume.verify:
+            problem = index.damage(found)
+        if problem is None:
+            newest_one: Path | None = found
+            return newest_one
+        assert found is not None
+        aside = groups.from_first(partial(index.set_aside, found))
+        asides.append(str(aside))
+        say(f"damaged    {problem}")
+        say(f"           the checkpoint is now called {aside.name}; the run goes on from the one before it")
 
 
 def to_export(recipe: Recipe, folder: Path, tokenizer: ChatTokenizer) -> Path:
@@ -108,6 +130,9 @@ def to_export(recipe: Recipe, folder: Path, tokenizer: ChatTokenizer) -> Path:
         return saved[-1]
 
     found: Path = groups.from_first(find)
+    problem = index.damage(found) if recipe.resume.verify else None
+    if problem is not None:
+        raise UserError(f"{problem}; remove the checkpoint to export the one before it")
     return found
 
 
@@ -168,10 +193,12 @@ def _check(recipe: Recipe, saved: dict[str, Any], run: dict[str, Any]) -> None:
     where = f"{recipe.output}: holds a run that is " + (
         f"finished, with {steps} steps" if step == steps else f"at step {step} of {steps}"
     )
-    changed = identity.differences(saved, run, allowed=recipe.resume.change)
+    # a run with nothing left to train is not what the changed recipe says
+    finished = step == steps == now
+    changed = identity.differences(saved, run, allowed=() if finished else recipe.resume.change)
     if changed:
         advice = "Set this back, or give the new run another `output`"
-        if set(changed) <= set(identity.CHANGEABLE):
+        if not finished and set(changed) <= set(identity.CHANGEABLE):
             advice += f"; to go on with the change on purpose, add resume.change=[{','.join(changed)}]"
         raise UserError(
             f"{where}, and this recipe differs from it: {_listed(changed)}. Nothing was trained. {advice}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from silva.engine.parallel import groups
+from silva.engine.parallel.optimizer import prepare
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -59,6 +63,9 @@ class Step:
     ) -> None:
         self.chunks, self.optimizer = list(chunks), optimizer
         self.objective, self.settings = objective, settings
+        # of the updates whose weights have not been looked at yet: a flag that is 1 if one is not finite, and its sum
+        # over ranks in flight
+        self._flags: deque[tuple[Tensor, Any]] = deque()
 
     # ------------------------------------------------------------ of global batches
 
@@ -148,17 +155,65 @@ class Step:
 
         Returns:
             What `metrics.summarize` returns, "learning_rate", "gradient_norm" (before clipping) and, if the objective
-            needs it, "kl"; the same on every rank. The model has been updated even if they are not finite.
+            needs it, "kl"; the same on every rank. The model is left as it was unless loss and norm are finite.
         """
         self.clear_gradients()
         sums = self.pass_over(rows, count, kl=kl, training=True)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        _, norm, _ = self.optimizer.step()
+        norm = prepare(self.optimizer)
         # copies the sums to the host, which no pass over a row does
         values = summarize(sums, count)
-        values |= {"learning_rate": rate, "gradient_norm": float(norm)}
+        if math.isfinite(values["loss"]) and math.isfinite(norm):
+            self.optimizer.step_with_ready_grads()
+            self._watch()
+        values |= {"learning_rate": rate, "gradient_norm": norm}
         return values if kl is None else values | {"kl": float(kl)}
+
+    @torch.no_grad()
+    def _watch(self) -> None:
+        """Start to find out whether the update has left every weight of every rank finite."""
+        weights = [p for chunk in self.chunks for p in chunk.parameters()]
+        largest = torch.stack([x.float() for x in torch._foreach_norm(weights, float("inf"))])
+        flag = (~largest.isfinite()).any().float()
+        work = dist.all_reduce(flag, async_op=True)
+        self._flags.append((flag, work))
+
+    def broken(self, *, newest: bool) -> bool:
+        """Tell whether an update has left a weight of any rank that is not finite; the same on every rank.
+
+        Args:
+            newest: whether to wait for what is known of the newest update too. Without it, nothing waits that a later
+                step has not waited for already.
+        """
+        found = False
+        while len(self._flags) > (0 if newest else 1):
+            flag, work = self._flags.popleft()
+            work.wait()
+            found = found or bool(flag.item())
+        return found
+
+    def blame(self, batch: GlobalBatch, reference: NDArray[np.float32] | None) -> str:
+        """Say which rows of a global batch have log-probs or rewards that are not finite.
+
+        The call is collective, and computes the batch's forward pass again.
+        """
+        values = sequence_values(self.chunks, self.rows(batch.rows, reference))
+        mine = []
+        for place, (pieces, found) in enumerate(zip(batch.rows, values, strict=False)):
+            if not found.isfinite().all():
+                ids = sorted(int(i) for piece in pieces for i in piece.sequence_ids)
+                mine.append(
+                    f"row {place} of rank {groups.rank()} (sequences {ids[0]} to {ids[-1]} of the data)"
+                )
+        every: list[list[str]] = [[] for _ in range(groups.world_size())]
+        dist.all_gather_object(every, mine)
+        rows = [row for each in every for row in each]
+        if not rows:
+            return "the log-probs or rewards of all rows are finite, so it is the gradient that is not"
+        return (
+            f"not finite: {', '.join(rows[:3])}{f' and {len(rows) - 3} more rows' if len(rows) > 3 else ''}"
+        )
 
     def clear_gradients(self) -> None:
         """Fill the gradient buffers with zeros."""

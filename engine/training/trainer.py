@@ -23,13 +23,15 @@ import torch.distributed as dist
 from silva.engine.checkpoint import state
 from silva.engine.checkpoint.saver import Saver
 from silva.engine.data.loader import BatchLoader, GlobalBatch
-from silva.engine.errors import UserError
+from silva.engine.errors import Stopped, UserError
 from silva.engine.model import gpt, hf
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.progress import ProgressBar, say
 from silva.engine.recipe.schema import Recipe
 from silva.engine.training import backends, inputs, publish, reference_policy, resume
+from silva.engine.training.interruption import Interruption
 from silva.engine.training.metrics import Journal
+from silva.engine.training.output_lock import OutputLock
 from silva.engine.training.step import Step, StepSettings
 
 
@@ -76,8 +78,8 @@ def train(recipe: Recipe, *, around: Around | None = None) -> Summary:
     Raises:
         UserError: recipe, data, checkpoint or layout are unusable.
     """
-    with groups.joined(recipe.parallel, seed=recipe.seed):
-        return Trainer(recipe, around=around).run()
+    with groups.joined(recipe.parallel, seed=recipe.seed), contextlib.ExitStack() as held:
+        return Trainer(recipe, around=around, held=held).run()
 
 
 class Trainer:
@@ -86,11 +88,14 @@ class Trainer:
     Args:
         recipe: of the run.
         around: as in `train`.
+        held: keeps what the run holds until its context is left: the lock of its folder, and the handlers of signals.
+            None: the run holds neither.
 
     Attributes:
         output: the folder of the run.
         first: whether this is the first process, which writes.
         inputs: of the run.
+        interruption: tells when to stop and when to save; None if `held` was None.
         reference: log-probs of the training data under the reference policy; None if the objective needs none.
         validation_reference: those of the validation data.
         identity: what the run is, kept with its checkpoints; see `resume.run_of`.
@@ -98,18 +103,28 @@ class Trainer:
         step: computes the steps.
         saver: writes the checkpoints.
         last: metrics of the newest step.
+        taken: the number of steps that have been taken, those of earlier processes included.
+        left_out: how many steps up to the newest one, without one in between, were not finite and changed nothing.
     """
 
-    def __init__(self, recipe: Recipe, *, around: Around | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, *, around: Around | None = None, held: contextlib.ExitStack | None = None
+    ) -> None:
         self.recipe, self.around = recipe, around
+        self.interruption: Interruption | None = None
         self.output = Path(recipe.output)
         self.first = groups.rank() == 0
         self.last: dict[str, float] = {}
+        self.taken = self.left_out = 0
         objective = OBJECTIVES[recipe.objective.name]
         say(recipe.describe())
         inputs.check_outputs(recipe)
         backends.check(recipe)
         self.inputs = inputs.read(recipe)
+        if held is not None:
+            lock = OutputLock(self.output)
+            groups.from_first(lambda: bool(held.enter_context(lock)))
+            self.interruption = held.enter_context(Interruption(recipe.training.save_minutes * 60))
         # before anything is computed, because a run of another recipe is refused here
         self.identity = resume.run_of(recipe, self.inputs)
         self.newest = resume.newest(recipe, self.identity)
@@ -158,6 +173,7 @@ class Trainer:
             for number, batch in batches:
                 with self.around(self, number, batch) if self.around else contextlib.nullcontext():
                     self.last = self.train_step(number, batch)
+                self.taken = number + 1
                 unique, unrolled = unique + batch.unique, unrolled + batch.unrolled
                 journal.write(number, "train", self.last)
                 bar.advance(_note(self.last))
@@ -165,8 +181,12 @@ class Trainer:
                 done = number + 1
                 if settings.validate_every and done % settings.validate_every == 0 and done < steps:
                     journal.write(done, "validation", self.validate())
-                if settings.save_every and done % settings.save_every == 0 and done < steps:
-                    self.save(done)
+                stop, due = self.interruption.agree() if self.interruption else (False, False)
+                due = due or bool(settings.save_every and done % settings.save_every == 0)
+                if stop or (due and done < steps):
+                    self.save(done, wait=stop)
+                if stop:
+                    raise Stopped(f"{self.output}: stopped after step {done} of {steps}, as asked, and saved")
             after = self.validate("validation after")
             if after:
                 journal.write(steps, "validation", after)
@@ -198,13 +218,14 @@ class Trainer:
             schedule=settings.schedule,
         )
         values = self.step.update(batch, self.reference, rate=rate)
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            self.saver.wait()
-            raise UserError(
-                f"step {number}: the loss is {values['loss']}, the gradient norm {values['gradient_norm']}; look at "
-                f"the weights of {self.recipe.model.path}, or lower training.learning_rate. Nothing of this step was "
-                "saved"
-            )
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
+        # a step that is not finite has updated nothing, and may be so because of the one before it
+        if self.step.broken(newest=not finite):
+            self._stop_at_weights(number - 1)
+        if finite:
+            self.left_out = 0
+        else:
+            self._leave_out(number, batch, values)
         seconds = time.perf_counter() - began
         return values | {
             "tokens_per_second": batch.unique / seconds,
@@ -216,11 +237,50 @@ class Trainer:
             "data_wait": batch.waited,
         }
 
+    def _leave_out(self, number: int, batch: GlobalBatch, values: dict[str, float]) -> None:
+        """Say what is not finite in a step, which has changed no weight; end the run if there were too many."""
+        self.left_out += 1
+        allowed = self.recipe.training.skip_nonfinite
+        what = (
+            f"step {number}: the loss is {values['loss']}, the gradient norm {values['gradient_norm']}; "
+            f"{self.step.blame(batch, self.reference)}"
+        )
+        if self.left_out > allowed:
+            self.saver.wait()
+            after = f"{allowed} steps before it were left out; " if allowed else ""
+            raise UserError(
+                f"{what}; {after}look at the weights of {self.recipe.model.path}, or lower training.learning_rate. "
+                "Nothing of this step was saved"
+            )
+        say(f"left out   {what}")
+        values["skipped"] = 1.0
+
+    def _stop_at_weights(self, number: int) -> None:
+        """End the run, because an update has left weights that are not finite."""
+        broken = next(
+            (
+                name
+                for chunk in self.step.chunks
+                for name, weight in chunk.named_parameters()
+                if not weight.isfinite().all()
+            ),
+            None,
+        )
+        every: list[str | None] = [None] * groups.world_size()
+        dist.all_gather_object(every, broken)
+        rank, name = next(((rank, name) for rank, name in enumerate(every) if name), (0, "a weight"))
+        self.saver.wait()
+        raise UserError(
+            f"step {number}: its update left weights that are not finite ({name} on rank {rank}); lower "
+            "training.learning_rate. Nothing of this step was saved"
+        )
+
     def validate(self, title: str = "") -> dict[str, float]:
         """Compute the metrics over all validation data; with a title, show a progress bar."""
         batches = self.inputs.validation_batches
         if batches is None:
             return {}
+        self._check_weights()
         with (
             ProgressBar(title, len(batches), visible=self.first and bool(title)) as bar,
             contextlib.closing(_watched(batches, bar)) as watched,
@@ -229,14 +289,28 @@ class Trainer:
 
     # ------------------------------------------------------------ saving
 
-    def save(self, number: int) -> None:
-        """Write a checkpoint after which step `number` comes next."""
+    def _check_weights(self) -> None:
+        """End the run if the newest update has left weights that are not finite."""
+        if self.step.broken(newest=True):
+            self._stop_at_weights(self.taken - 1)
+
+    def save(self, number: int, *, wait: bool = False) -> None:
+        """Write a checkpoint after which step `number` comes next.
+
+        Args:
+            number: of the step.
+            wait: whether to return only when it is there, as is always done after the last step.
+        """
+        self._check_weights()
         optimizer.settle(self.step.chunks, self.recipe.parallel)
-        last = number == self.inputs.steps
-        self.saver.save(number, self.step.chunks, self.step.optimizer, self.identity, wait=last)
+        wait = wait or number == self.inputs.steps
+        self.saver.save(number, self.step.chunks, self.step.optimizer, self.identity, wait=wait)
+        if self.interruption:
+            self.interruption.saved()
 
     def export(self) -> Path:
         """Write the trained model as a Hugging Face checkpoint, and return its folder."""
+        self._check_weights()
         optimizer.settle(self.step.chunks, self.recipe.parallel)
         read = self.inputs
         return publish.export_model(self.step.chunks, self.recipe, read.folder, read.tokenizer, read.steps)

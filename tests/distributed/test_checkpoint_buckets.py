@@ -7,13 +7,13 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from worlds import world
 
-from silva.engine.checkpoint.index import guarded_index
+from silva.engine.checkpoint import plain_files
 from silva.engine.training import trainer
 
 
 def apart(folder: Path) -> dict[str, float]:
     """How far each main weight of a float32 checkpoint is from the weight itself; equal, if all is well."""
-    with guarded_index():
+    with plain_files.in_use():
         state = dist_checkpointing.load_plain_tensors(str(folder))
     prefix = "optimizer.state.param."
     names = [name for name in state if name.startswith(prefix)]

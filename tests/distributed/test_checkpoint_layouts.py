@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from worlds import world
 
-from silva.engine.checkpoint import index, state
+from silva.engine.checkpoint import plain_files, state
 from silva.engine.checkpoint.saver import Saver
 from silva.engine.model import gpt, hf
 from silva.engine.recipe.schema import Recipe
@@ -147,7 +147,7 @@ def load_and_save(recipe: Recipe, source: Path, target: Path) -> None:
 
 def compare(before: Path, after: Path) -> None:
     """Every tensor of two checkpoints, but for the rows that pad a vocabulary."""
-    with index.guarded_index():
+    with plain_files.in_use():
         first, last = (dist_checkpointing.load_plain_tensors(str(folder)) for folder in (before, after))
     assert first.keys() == last.keys()
     assert len([name for name in first if "exp_avg_sq" in name]) >= 8

@@ -237,3 +237,42 @@ def test_the_reference_cache_is_used_and_never_stale(model, data, tmp_path):
         tiny.recipe("dpo", model, changed, tmp_path / "c", reference={"cache": str(tmp_path / "cache")}),
     )
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_damaged_log_probs_are_noticed_and_computed_again(model, data, tmp_path, capfd):
+    settings = {"reference": {"cache": str(tmp_path / "cache")}}
+    world(1, run, tiny.recipe("dpo", model, data["pair"], tmp_path / "a", **settings))
+    [file] = (tmp_path / "cache").glob("*.safetensors")
+    for place in (-1, -2, file.stat().st_size // 2, 5):
+        changed = bytearray(file.read_bytes())
+        changed[place] ^= 16
+        file.write_bytes(changed)
+        capfd.readouterr()
+        output = tmp_path / f"b{place}"
+        world(1, run, tiny.recipe("dpo", model, data["pair"], output, **settings))
+        assert f"damaged    {file}: is not what was written" in capfd.readouterr().out
+        assert tiny.history(output)[0]["loss"] == tiny.history(tmp_path / "a")[0]["loss"]
+
+
+def test_damaged_data_are_noticed_and_tokenized_again(model, data, tmp_path, capfd):
+    settings = {"data": {"cache": str(tmp_path / "cache")}}
+
+    def train(name: str) -> list[float]:
+        source = {"train": [{"path": str(data["sft"]), "format": "ultrainteract_sft"}]} | settings["data"]
+        world(1, run, tiny.recipe("sft", model, data["sft"], tmp_path / name, data=source))
+        return [line["loss"] for line in tiny.history(tmp_path / name)]
+
+    expected = train("a")
+    [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    for number, file in enumerate(sorted(folder.iterdir())):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        capfd.readouterr()
+        assert train(f"b{number}") == expected
+        said = capfd.readouterr().out
+        assert f"damaged    {file}: is not what was written; the source is tokenized again" in said or (
+            file.name == "digests.json" and "damaged    " in said
+        )
+    next(folder.glob("*.arrow")).unlink()
+    assert train("c") == expected
