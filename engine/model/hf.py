@@ -19,7 +19,7 @@ from silva.engine.parallel import groups
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from silva.engine.errors import UserError
 from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, slices, tensors
@@ -102,10 +102,10 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     config = _read_json(file)
     kind = config.get("model_type")
     named = config.get("architectures") or [None]
-    if kind not in [*DEFAULTS] or named[0] not in (*ARCHITECTURES, None):
+    if not isinstance(named, list) or kind not in [*DEFAULTS] or named[0] not in (*ARCHITECTURES, None):
         raise UserError(
-            f"{file}: model_type {kind!r} with architectures {named} is not supported; it has to be llama or "
-            f"mistral with one of {', '.join(ARCHITECTURES)}"
+            f"{file}: model_type {_shown(kind)} with architectures {_shown(named)} is not supported; it has to be "
+            f"llama or mistral with one of {', '.join(ARCHITECTURES)}"
         )
     config = DEFAULTS[kind] | config
     _refuse_variants(file, config)
@@ -140,8 +140,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {file.parent} is not a Hugging Face checkpoint's folder") from None
-    # bad JSON or bad UTF-8
-    except ValueError as error:
+    # bad JSON or bad UTF-8, a number of thousands of digits, or brackets in thousands of brackets
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
@@ -152,15 +152,21 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _count(file: Path, config: dict[str, Any], key: str) -> int:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{file}: {key} must be a positive whole number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise UserError(f"{file}: {key} must be a positive whole number below 2^31, found {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """Return a value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _positive(file: Path, config: dict[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{file}: {key} must be a positive number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        raise UserError(f"{file}: {key} must be a positive number, found {_shown(value)}")
     return float(value)
 
 
@@ -176,7 +182,7 @@ def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
     }
     for key, values in supported.items():
         if config.get(key, values[0]) not in values:
-            raise UserError(f"{file}: {key} is {config[key]!r}; only {values[0]!r} is supported")
+            raise UserError(f"{file}: {key} is {_shown(config[key])}; only {values[0]!r} is supported")
 
 
 def _rope_theta(file: Path, config: dict[str, Any]) -> float:
@@ -187,14 +193,28 @@ def _rope_theta(file: Path, config: dict[str, Any]) -> float:
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
         if not isinstance(rope, dict):
-            raise UserError(f"{file}: {key} must be an object, found {rope!r}")
+            raise UserError(f"{file}: {key} must be an object, found {_shown(rope)}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
             raise UserError(
-                f"{file}: {key} is {rope}; only unscaled positions (rope_type default) are supported"
+                f"{file}: {key} is {_shown(rope)}; only unscaled positions (rope_type default) are supported"
             )
     rope = config.get("rope_parameters") or {}
     return _positive(file, config | rope, "rope_theta", 10000.0)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return which file holds which tensor, files of this folder alone."""
+    found = _read_json(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise UserError(f"{index}: weight_map must be an object, found {_shown(found)}")
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: weight_map: {_shown(name)} must be in a .safetensors file of the folder, found "
+                f"{_shown(file)}"
+            )
+    return found
 
 
 class _Checkpoint:
@@ -205,7 +225,7 @@ class _Checkpoint:
         self._files: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self.names: dict[str, str] = _read_json(index).get("weight_map", {})
+            self.names: dict[str, str] = _weight_map(index)
         elif (folder / "model.safetensors").is_file():
             self.names = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         elif [*folder.glob("*.bin")]:
@@ -235,6 +255,15 @@ class _Checkpoint:
             return self._file(self.names[name]).get_slice(name)
         except SafetensorError as error:
             raise UserError(f"{self.folder / self.names[name]}: {name}: {error}") from None
+
+    def finite(self, name: str, values: Tensor) -> Tensor:
+        """Return values of a tensor; raise UserError if one is not a finite number."""
+        if not values.isfinite().all():
+            raise UserError(
+                f"{self.folder / self.names[name]}: tensor {name} holds numbers that are not finite; download the "
+                "checkpoint again, or take another one"
+            )
+        return values
 
     def bytes(self, name: str) -> int:
         """Return the bytes of one tensor."""
@@ -283,7 +312,7 @@ def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: Model
         The bytes that this process read, and those of all tensors of the model.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or has no place in the model.
+        UserError: a tensor is missing, of another shape, not finite, or has no place in the model.
     """
     with ExitStack() as opened:
         checkpoint = _Checkpoint(fetch(path), opened)
@@ -300,7 +329,7 @@ def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: Model
             for name, parameter in chunk.named_parameters():
                 if head == "reward" and name == "output_layer.weight":
                     if score:
-                        values = checkpoint.tensor(score)[:]
+                        values = checkpoint.finite(score, checkpoint.tensor(score)[:])
                         parameter.copy_(values)
                         read += values.nbytes
                 else:
@@ -319,7 +348,7 @@ def _fill(
     for own in slices(name, layer, shape, tensor_rank=rank, tensor_size=size):
         source = checkpoint.tensor(own.tensor)
         cut = slice(own.start, own.stop)
-        values = source[cut] if own.dim == 0 else source[:, cut]
+        values = checkpoint.finite(own.tensor, source[cut] if own.dim == 0 else source[:, cut])
         parameter.narrow(own.dim, own.at, own.stop - own.start).copy_(values)
         read += values.nbytes
     return read
