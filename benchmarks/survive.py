@@ -3,8 +3,9 @@
     python -m benchmarks.survive [--kills 100] [--seed 0]
 
 One process, two data-parallel ones, and two tensor-parallel ones in each of two pipeline stages, on the CPU. A kill is
-SIGKILL to a rank, SIGTERM to a rank (which saves and stops), or SIGKILL to torchrun's agent. It comes at any time from
-the first import to the export. A run that is not over a minute after its kill is stuck.
+SIGKILL to a rank, SIGTERM to a rank (which saves and stops), SIGSTOP to a rank of several (which the others find), or
+SIGKILL to torchrun's agent. It comes at any time from the first import to the export; SIGSTOP, once the ranks have met.
+A run that is not over a minute and a half after its kill is stuck.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ import psutil
 
 from benchmarks import common
 from silva.engine.recipe.file import to_yaml
+from silva.engine.training import output_lock
 from silva.recipes.mini.demo import DATA
 from silva.recipes.mini.make_model import make
 
-# seconds in which a killed run has to end
-PATIENCE = 60.0
+# seconds in which a killed run has to end; torchrun takes 30 to kill a process that is stopped
+PATIENCE = 90.0
+# minutes after which a stopped process is found
+HANG_MINUTES = 0.1
 STEPS = 60
 
 
@@ -56,7 +60,14 @@ MODES = (
     Mode("data parallel", 2, {}),
     Mode("tensor x pipeline", 4, {"tensor": 2, "pipeline": 2}),
 )
-KINDS = ("kill a rank", "terminate a rank", "kill the agent")
+SIGNALS = {
+    "kill a rank": signal.SIGKILL,
+    "terminate a rank": signal.SIGTERM,
+    "stop a rank": signal.SIGSTOP,
+    "kill the agent": signal.SIGKILL,
+}
+# of a run in one process, which nobody would find if it were stopped
+ALONE = ("kill a rank", "terminate a rank")
 
 
 class Job:
@@ -182,7 +193,10 @@ def survive(mode: Mode, start: Path, work: Path, kills: int, chance: random.Rand
             disturbed = found["kills"] < kills
             if disturbed:
                 time.sleep(chance.uniform(0, seconds))
-                _kill(job, chance.choice(KINDS if mode.processes > 1 else KINDS[:2]), chance)
+                kind = chance.choice(list(SIGNALS) if mode.processes > 1 else ALONE)
+                if kind == "stop a rank":
+                    _wait_for_lock(job, output)
+                _kill(job, kind, chance)
                 found["kills"] += job.process.poll() != 0
             found["stuck"] += not job.over(PATIENCE if disturbed else 600)
             resumed = re.search(r"resuming   at step (\d+)", job.said())
@@ -197,13 +211,21 @@ def survive(mode: Mode, start: Path, work: Path, kills: int, chance: random.Rand
     return found
 
 
+def _wait_for_lock(job: Job, output: Path) -> None:
+    """Wait until the ranks have met, after which the folder's lock is taken, or the job is over."""
+    while job.process.poll() is None and not (output / output_lock.NAME).exists():
+        time.sleep(0.05)
+
+
 def _kill(job: Job, kind: str, chance: random.Random) -> None:
-    number = signal.SIGTERM if kind == "terminate a rank" else signal.SIGKILL
     target = psutil.Process(job.process.pid)
+    if kind == "stop a rank" and " export=" in job.said():
+        # a process that only has to end is no rank any more
+        return
     if kind != "kill the agent":
         target = chance.choice(job.ranks() or [target])
     try:
-        target.send_signal(number)
+        target.send_signal(SIGNALS[kind])
     except psutil.NoSuchProcess:
         # it was over before the moment came
         return
@@ -226,6 +248,7 @@ def _recipe(mode: Mode, start: Path, work: Path, name: str) -> Path:
             "epochs": 99,
             "learning_rate": 1e-4,
             "save_every": 5,
+            "hang_minutes": HANG_MINUTES,
         },
         "parallel": mode.parallel,
     }

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from silva.engine import file_errors
 from silva.engine.errors import Stopped, UserError
 from silva.engine.progress import is_first_process
 
@@ -30,12 +31,15 @@ def run(work: Callable[[], None]) -> int:
     """
     try:
         work()
-    except UserError as error:
-        who = "silva" if is_first_process() else f"silva (rank {os.environ['RANK']})"
-        # a library's message quoted in it may hold line breaks
-        message = " ".join(str(error).splitlines())
-        print(f"{who}: error: {message}", file=sys.stderr)
-        code = 2
+    except (UserError, OSError) as error:
+        said = str(error) if isinstance(error, UserError) else file_errors.line(error)
+        if said is None:
+            code = _unexpected()
+        else:
+            who = "silva" if is_first_process() else f"silva (rank {os.environ['RANK']})"
+            # a library's message quoted in it may hold line breaks
+            print(f"{who}: error: {' '.join(said.splitlines())}", file=sys.stderr)
+            code = 2
     except Stopped as stopped:
         if is_first_process():
             print(f"silva: {stopped}; start it again to go on", file=sys.stderr)
@@ -47,10 +51,7 @@ def run(work: Callable[[], None]) -> int:
             )
         code = INTERRUPTED
     except BaseException:
-        if not _others_are_left():
-            raise
-        traceback.print_exc()
-        code = 1
+        code = _unexpected()
     else:
         return 0
     if _others_are_left():
@@ -58,6 +59,14 @@ def run(work: Callable[[], None]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _unexpected() -> int:
+    """Raise the exception in flight again; in a world of several, print it and return the exit code."""
+    if not _others_are_left():
+        raise
+    traceback.print_exc()
+    return 1
 
 
 def _others_are_left() -> bool:

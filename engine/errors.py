@@ -1,4 +1,10 @@
-"""Defines the exception that a user's mistake raises; its text is a whole, clear line."""
+"""Defines the exceptions that end a program in one whole, clear line, and how such a line shows a value."""
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class UserError(Exception):

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from benchmarks import common
+from benchmarks.fidelity import theirs as peers
 from silva.engine.data.reading.messages import Message
 from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.recipe.loading import load
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             theirs = _served(options.python, work, export, ids, rewards=rewards)
             version = theirs["version"]
             if rewards:
-                ours = _rewards(export, ids)
+                ours = peers.rewards(export, ids)
                 difference = max(abs(a - b) for a, b in zip(ours, theirs["rewards"], strict=True))
                 worst["reward"] = max(worst["reward"], difference)
                 rows.append((case.name, "", "", "", difference))
@@ -176,12 +177,6 @@ def _log_probs(export: Path, ids: Sequence[Sequence[int]]) -> list[list[float]]:
         each = functional.log_softmax(logits, -1).gather(1, torch.tensor(sequence[1:])[:, None])[:, 0]
         found.append(each.tolist())
     return found
-
-
-@torch.no_grad()
-def _rewards(export: Path, ids: Sequence[Sequence[int]]) -> list[float]:
-    model = AutoModelForSequenceClassification.from_pretrained(export, dtype=torch.float32)
-    return [float(model(torch.tensor([list(sequence)])).logits) for sequence in ids]
 
 
 if __name__ == "__main__":

@@ -183,8 +183,8 @@ REASONED = [
 
 
 @dataclass(frozen=True)
-class Training:
-    """Describes a run of both sides over the same rows.
+class Case:
+    """Describes a run of Silva.
 
     Attributes:
         name: of the case.
@@ -192,9 +192,6 @@ class Training:
         objective: of the recipe.
         form: the format of our rows.
         rows: as Silva reads them.
-        theirs: as TRL reads them; None: the same.
-        settings: of both.
-        sections: further keys of our recipe.
     """
 
     name: str
@@ -202,6 +199,18 @@ class Training:
     objective: str
     form: str
     rows: Rows
+
+
+@dataclass(frozen=True)
+class Training(Case):
+    """Describes a run of both sides over the same rows.
+
+    Attributes:
+        theirs: as TRL reads them; None: the same.
+        settings: of both.
+        sections: further keys of our recipe.
+    """
+
     theirs: Rows | None = None
     settings: Settings = field(default_factory=Settings)
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -253,24 +262,14 @@ def trainings() -> list[Training]:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Describes a run whose first loss transformers gives, each scored answer by a forward pass of its own.
+class Answers(Case):
+    """Describes a run of "sft" or "dpo" whose first loss transformers gives, each scored answer by a pass of its own.
 
     Attributes:
-        name: of the case.
-        family: whose checkpoint is trained.
-        objective: "sft" or "dpo".
-        form: the format of our rows.
-        rows: as Silva reads them.
         answers: of each sequence (chosen and rejected in turns), the conversations that end with a scored answer.
         sections: further keys of our recipe.
     """
 
-    name: str
-    family: str
-    objective: str
-    form: str
-    rows: Rows
     answers: Sequence[Sequence[Sequence[dict[str, Any]]]]
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 

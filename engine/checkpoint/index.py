@@ -5,7 +5,6 @@ Nothing here touches a model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from silva.engine.parallel import groups
 
 import torch.distributed as dist
 
+from silva.engine import digests
 from silva.engine.errors import UserError
 
 PREFIX = "step-"
@@ -92,9 +92,8 @@ def publish(partial: Path, final: Path, run: dict[str, Any]) -> None:
 
 def settled(path: Path) -> str:
     """Return the digest of a file when its bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, _hash).hexdigest()
+    _sync(path)
+    return digests.of_file(path)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -122,8 +121,7 @@ def _problem(file: Path, size: int, code: str) -> str | None:
         found = file.stat().st_size
         if found != size:
             return f"{file}: has {found:,} bytes instead of {size:,}"
-        with file.open("rb") as stream:
-            same = hashlib.file_digest(stream, _hash).hexdigest() == code
+        same = digests.of_file(file) == code
     except OSError as error:
         return f"{file}: cannot be read ({error.strerror})"
     return None if same else f"{file}: is not what was written (its digest differs)"
@@ -138,16 +136,12 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def _digest_of(content: dict[str, Any]) -> str:
-    return _hash(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digests.of_bytes(json.dumps(content, sort_keys=True).encode())
 
 
-def _hash(content: bytes = b"") -> Any:
-    return hashlib.blake2b(content, digest_size=16)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder written to the disk."""
-    number = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, written to the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -51,16 +51,6 @@ def in_use() -> Iterator[None]:
 # ---------------------------------------------------------------- the index: what lies where
 
 
-def read_index(file: Path) -> Metadata:
-    """Read an index.
-
-    Raises:
-        ValueError: it is none, or names a file outside the checkpoint.
-    """
-    with file.open("rb") as stream:
-        return _load(stream)
-
-
 def _dump(index: Metadata, stream: BinaryIO) -> None:
     """Write torch's index; it fits where torch's `pickle.dump` stands."""
     tensors: dict[str, Any] = {}
@@ -78,7 +68,11 @@ def _dump(index: Metadata, stream: BinaryIO) -> None:
 
 
 def _load(stream: BinaryIO) -> Metadata:
-    """Read torch's index; it fits where torch's `pickle.load` stands."""
+    """Read torch's index; it fits where torch's `pickle.load` stands.
+
+    Raises:
+        ValueError: it is none, or names a file outside the checkpoint.
+    """
     try:
         found = json.loads(stream.read())
         if found["format"] != FORMAT:

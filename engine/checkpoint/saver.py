@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# prepares megatron-core, so it stands before megatron-core's import
-import silva.engine.parallel  # noqa: F401
+from silva.engine.parallel import groups
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -110,15 +109,16 @@ class Saver:
 
     def _new_partial(self) -> Path:
         """Make an empty folder with a new name, because writers of a killed run may still write into theirs."""
-        name = [f"{self._target.name}.{secrets.token_hex(4)}{PARTIAL}"]
-        dist.broadcast_object_list(name)
-        found = self.folder / name[0]
-        if dist.get_rank() == 0:
+
+        def make() -> Path:
+            found = self.folder / f"{self._target.name}.{secrets.token_hex(4)}{PARTIAL}"
             for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
                 shutil.rmtree(stale, ignore_errors=True)
             found.mkdir(parents=True)
-        dist.barrier()
-        return found
+            return found
+
+        partial_folder: Path = groups.from_first(make)
+        return partial_folder
 
     def _publish(self, partial_folder: Path, final: Path, identity: dict[str, Any]) -> None:
         if dist.get_rank() == 0:

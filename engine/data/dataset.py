@@ -41,8 +41,6 @@ class DataSet:
         sequences: total over the trees, each tree counted once.
         comparisons: total over the trees, each tree counted once.
         tokens: (len,) int64, tokens of each merged tree.
-        longest: tokens of the longest path; 0 without trees.
-        sides: how many chosen and how many rejected sides the comparisons have, each tree counted once.
         fingerprint: hex digest of every token, scored flag and comparison, and of how often each tree is taken.
     """
 
@@ -58,11 +56,6 @@ class DataSet:
             "comparison": self._gather([s.comparisons for s in self._shards]),
         }
         self.tokens = self._gather([s.tokens for s in self._shards])
-        self.longest = int(self._gather([s.longest for s in self._shards]).max(initial=0))
-        chosen, rejected = (
-            int(self._gather([s.sides[:, side] for s in self._shards]).sum()) for side in (0, 1)
-        )
-        self.sides = chosen, rejected
         self.sequences, self.comparisons = (int(counts.sum()) for counts in self._counts.values())
         self._first = {unit: np.cumsum(counts) - counts for unit, counts in self._counts.items()}
         digest = hashlib.blake2b(self.digests.tobytes() + self.copies.tobytes(), digest_size=16)
@@ -113,6 +106,19 @@ class DataSet:
         """
         taken = np.repeat(np.arange(len(self)), self.copies)
         return np.random.default_rng([seed, 0, epoch]).permutation(taken) if shuffle else taken
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest path; 0 without trees."""
+        return int(self._gather([s.longest for s in self._shards]).max(initial=0))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return how many chosen and how many rejected sides the comparisons have, each tree counted once."""
+        chosen, rejected = (
+            int(self._gather([s.sides[:, side] for s in self._shards]).sum()) for side in (0, 1)
+        )
+        return chosen, rejected
 
     @property
     def instructions(self) -> NDArray[np.uint8]:

@@ -30,6 +30,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from silva.engine import digests, file_errors
 from silva.engine.data import store
 from silva.engine.data.encoding import Encoder, first_user, instructions
 from silva.engine.data.reading.files import fingerprint
@@ -118,12 +119,14 @@ def build(task: SourceTask, cache: Path, *, workers: int | None = None, say: Say
         damaged = _damage(folder)
         if damaged is not None:
             say(f"damaged    {damaged}: is not what was written; the source is tokenized again")
-            shutil.rmtree(folder)
+            with file_errors.named(folder):
+                shutil.rmtree(folder)
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                _make(task, folder, workers or len(os.sched_getaffinity(0)), say)
+        with file_errors.named(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not folder.is_dir():
+                    _make(task, folder, workers or len(os.sched_getaffinity(0)), say)
     return folder
 
 
@@ -188,10 +191,7 @@ def _damage(folder: Path) -> Path | None:
 
 
 def _file_digest(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return digests.of_file(path) if path.is_file() else None
 
 
 # ---------------------------------------------------------------- reading

@@ -51,9 +51,7 @@ class Shard:
     Attributes:
         sequences: (n,) int64, how many each tree has.
         comparisons: (n,) int64, how many each tree has.
-        sides: (n, 2) int64, how many chosen and how many rejected sides the comparisons of each tree have.
         tokens: (n,) int64, tokens of each merged tree.
-        longest: (n,) int64, tokens of the longest path of each tree.
         instruction: (n, 16) uint8, of `instruction_digest`.
         digest: (n, 16) uint8, of everything that a tree holds except its instruction.
     """
@@ -69,11 +67,6 @@ class Shard:
         )
         offsets, owner = self._lists["owner"]
         self.sequences = _highest(owner, offsets) + 1
-        offsets, length = self._lists["length"]
-        self.longest = _highest(length, offsets)
-        offsets, compared = self._lists["comparisons"]
-        present = np.cumsum(np.insert(compared.reshape(-1, 2) != ABSENT, 0, False, axis=0), axis=0)
-        self.sides: NDArray[np.int64] = np.diff(present[offsets // 2], axis=0).astype(np.int64)
         self.comparisons = self._counts("comparisons") // 2
         self.tokens = self._counts("tokens")
 
@@ -84,6 +77,19 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def longest(self) -> NDArray[np.int64]:
+        """Return the tokens of the longest path of each tree, (n,) int64."""
+        offsets, length = self._lists["length"]
+        return _highest(length, offsets)
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        """Return how many chosen and how many rejected sides the comparisons of each tree have, (n, 2) int64."""
+        offsets, compared = self._lists["comparisons"]
+        present = np.cumsum(np.insert(compared.reshape(-1, 2) != ABSENT, 0, False, axis=0), axis=0)
+        return np.diff(present[offsets // 2], axis=0).astype(np.int64)
 
     def __getitem__(self, k: int) -> TokenGroup:
         """Return tree `k`; its arrays are read-only views."""

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from silva.engine.errors import UserError
+from silva.engine.errors import UserError, shown
 from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, slices, tensors
 
 # what this project reads of a repository: no pickles, no code
@@ -104,7 +104,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     named = config.get("architectures") or [None]
     if not isinstance(named, list) or kind not in [*DEFAULTS] or named[0] not in (*ARCHITECTURES, None):
         raise UserError(
-            f"{file}: model_type {_shown(kind)} with architectures {_shown(named)} is not supported; it has to be "
+            f"{file}: model_type {shown(kind)} with architectures {shown(named)} is not supported; it has to be "
             f"llama or mistral with one of {', '.join(ARCHITECTURES)}"
         )
     config = DEFAULTS[kind] | config
@@ -153,20 +153,14 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _count(file: Path, config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise UserError(f"{file}: {key} must be a positive whole number below 2^31, found {_shown(value)}")
+        raise UserError(f"{file}: {key} must be a positive whole number below 2^31, found {shown(value)}")
     return value
-
-
-def _shown(value: object) -> str:
-    """Return a value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _positive(file: Path, config: dict[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise UserError(f"{file}: {key} must be a positive number, found {_shown(value)}")
+        raise UserError(f"{file}: {key} must be a positive number, found {shown(value)}")
     return float(value)
 
 
@@ -182,7 +176,7 @@ def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
     }
     for key, values in supported.items():
         if config.get(key, values[0]) not in values:
-            raise UserError(f"{file}: {key} is {_shown(config[key])}; only {values[0]!r} is supported")
+            raise UserError(f"{file}: {key} is {shown(config[key])}; only {values[0]!r} is supported")
 
 
 def _rope_theta(file: Path, config: dict[str, Any]) -> float:
@@ -193,11 +187,11 @@ def _rope_theta(file: Path, config: dict[str, Any]) -> float:
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
         if not isinstance(rope, dict):
-            raise UserError(f"{file}: {key} must be an object, found {_shown(rope)}")
+            raise UserError(f"{file}: {key} must be an object, found {shown(rope)}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
             raise UserError(
-                f"{file}: {key} is {_shown(rope)}; only unscaled positions (rope_type default) are supported"
+                f"{file}: {key} is {shown(rope)}; only unscaled positions (rope_type default) are supported"
             )
     rope = config.get("rope_parameters") or {}
     return _positive(file, config | rope, "rope_theta", 10000.0)
@@ -207,12 +201,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Return which file holds which tensor, files of this folder alone."""
     found = _read_json(index).get("weight_map")
     if not isinstance(found, dict):
-        raise UserError(f"{index}: weight_map must be an object, found {_shown(found)}")
+        raise UserError(f"{index}: weight_map must be an object, found {shown(found)}")
     for name, file in found.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
-                f"{index}: weight_map: {_shown(name)} must be in a .safetensors file of the folder, found "
-                f"{_shown(file)}"
+                f"{index}: weight_map: {shown(name)} must be in a .safetensors file of the folder, found "
+                f"{shown(file)}"
             )
     return found
 

@@ -18,9 +18,11 @@ from silva.engine.parallel import groups
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from silva.engine import file_errors
 from silva.engine.data.text import tokenizer_files
 from silva.engine.errors import UserError
 from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, slices
@@ -28,6 +30,8 @@ from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_l
 RewardFormat = Literal["sequence_classification", "eurus", "both"]
 # the file that marks a folder as written by an export, which may be replaced
 MARKER = "silva_export.json"
+# end the names of an export that is being written, and of the one that it replaces
+PARTIAL, OLD = ".partial", ".old"
 # files that belong to a checkpoint beside its weights and config.json
 COMPANIONS = (*tokenizer_files.NAMES, "generation_config.json")
 
@@ -75,20 +79,24 @@ def export(
     # no process writes before all have looked at the folders
     groups.wait_for_all()
     for target, score in jobs:
-        partial = target.with_name(target.name + ".partial")
-        if groups.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        groups.wait_for_all()
-        _write_stage(chunks, shape, partial, dtype=dtype, score=score, limit=limit)
-        groups.wait_for_all()
-        if groups.rank() == 0:
-            _join_stages(partial)
-            _write_companions(Path(source), partial, shape, dtype=dtype, score=score)
-            if finish is not None:
-                finish(partial)
-            _publish(partial, target)
-        groups.wait_for_all()
+        partial = _beside(target, PARTIAL)
+        with file_errors.named(partial, SafetensorError):
+            if groups.rank() == 0:
+                if partial.exists():
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True)
+                # a folder without it is somebody else's
+                _write_json(partial / MARKER, {})
+            groups.wait_for_all()
+            _write_stage(chunks, shape, partial, dtype=dtype, score=score, limit=limit)
+            groups.wait_for_all()
+            if groups.rank() == 0:
+                _join_stages(partial)
+                _write_companions(Path(source), partial, shape, dtype=dtype, score=score)
+                if finish is not None:
+                    finish(partial)
+                _publish(partial, target)
+            groups.wait_for_all()
     return [target for target, _ in jobs]
 
 
@@ -134,11 +142,16 @@ def check_target(
         UserError: a folder exists that no export wrote.
     """
     for target, _ in _jobs(Path(folder), head, reward_format):
-        _check_replaceable(target)
+        for place in (target, _beside(target, PARTIAL), _beside(target, OLD)):
+            _check_replaceable(place)
 
 
 def _jobs(folder: Path, head: str, reward_format: RewardFormat) -> list[tuple[Path, str | None]]:
-    """List the folders to write, each with the name of the reward head's tensor in it."""
+    """List the folders to write, each with the name of the reward head's tensor in it.
+
+    A symbolic link is followed: what it points to is replaced, and the link stays.
+    """
+    folder = folder.resolve()
     if head == "lm":
         return [(folder, None)]
     if reward_format == "both":
@@ -155,8 +168,11 @@ def _bytes(size: str) -> int:
 
 def _check_replaceable(target: Path) -> None:
     """Raise UserError unless the target is missing, an empty folder or an earlier export, which may be replaced."""
-    if target.exists() and not (
-        target.is_dir() and ((target / MARKER).is_file() or not any(target.iterdir()))
+    # a link to nothing does not exist, and yet nothing can be made under its name
+    if (target.exists() or target.is_symlink()) and not (
+        target.is_dir()
+        and not target.is_symlink()
+        and ((target / MARKER).is_file() or not any(target.iterdir()))
     ):
         raise UserError(
             f"{target}: exists and was not written by an export (no {MARKER} in it); choose another "
@@ -296,12 +312,18 @@ def _write_companions(
 
 def _publish(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`; an earlier export is removed only now."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _beside(target, OLD)
+    if old.exists():
+        shutil.rmtree(old)
     if target.exists():
         target.rename(old)
     partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(target.name + suffix)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

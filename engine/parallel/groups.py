@@ -98,9 +98,12 @@ def _join_world() -> None:
     if _store is None:
         _store = rendezvous.join(rank, size)
     _worlds += 1
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"silva-{attempt}-{_worlds}", _store)
+    store = dist.PrefixStore(_prefix(), _store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def _prefix() -> str:
+    return f"silva-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_worlds}"
 
 
 def _check_layout(parallel: Parallel, world: int) -> None:
@@ -136,6 +139,15 @@ def world_size() -> int:
 def local_rank() -> int:
     """Return this process's number among those of its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def own_store() -> dist.Store | None:
+    """Return the world's store over a connection of its own; None if `initialize` has not joined a world of several."""
+    if _store is None or world_size() == 1:
+        return None
+    # torch's type information lacks `clone`
+    store: Any = _store
+    return dist.PrefixStore(f"{_prefix()}-own", store.clone())
 
 
 def wait_for_all() -> None:

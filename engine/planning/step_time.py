@@ -117,7 +117,7 @@ def micro_batches(job: Job, rows: int) -> int:
     Empty rows that fill up the number are cheap to compute, but a chunk's next round begins when the first row has
     passed all stages, so they cost what full rows would.
     """
-    multiple = job.parallel.pipeline if job.parallel.virtual_pipeline else 1
+    multiple = job.parallel.rows_multiple
     return math.ceil(rows / (replicas(job) * multiple)) * multiple
 
 

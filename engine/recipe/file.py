@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from silva.engine.errors import UserError
+from silva.engine.errors import UserError, shown
 
 # The recipes lie beside the engine both in a checkout (engine/, recipes/) and installed (silva/engine/, ...).
 PACKAGED = Path(__file__).resolve().parents[2] / "recipes"
@@ -58,8 +58,9 @@ def to_yaml(keys: dict[str, Any]) -> str:
 
 def show(value: object) -> str:
     """Return a value as text for an error: on one line, at most 80 characters."""
-    text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if value is None:
+        return "nothing"
+    return str(value).lower() if isinstance(value, bool) else shown(value)
 
 
 # ---------------------------------------------------------------- files and bases
@@ -96,11 +97,10 @@ def _read(file: Path, origins: Origins, chain: tuple[str, ...]) -> dict[str, Any
         names = " -> ".join(os.path.basename(link) for link in chain[chain.index(chain[-1]) :])
         raise UserError(f"{file}: base: the bases form a circle: {names}")
     try:
-        own = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {_yaml_problem(error)}") from None
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
+    own = _parse(text, f"{file}: ")
     if not isinstance(own, dict):
         raise UserError(f"{file}: found {show(own)}; a recipe is `key: value` lines")
     base = own.pop("base", None)
@@ -169,12 +169,7 @@ def _override(raw: dict[str, Any], text: str, origins: Origins) -> None:
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
         raise UserError(f"{COMMAND_LINE}: {text}: this is no `key.path=value`; e.g. training.max_steps=20")
-    try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{COMMAND_LINE}: {name}: the value is not valid YAML: {_yaml_problem(error)}"
-        ) from None
+    parsed = _parse(value, f"{COMMAND_LINE}: {name}: the value is ")
     *path, last = name.split(".")
     node: Any = raw
     key: Key = ()
@@ -206,6 +201,16 @@ def _step(node: Any, part: str, at: Key, name: str) -> str | int:
 # ---------------------------------------------------------------- YAML
 
 
+def _parse(text: str, said: str) -> Any:
+    """Return what YAML says; an error begins with `said`."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{said}not valid YAML: {_yaml_problem(error)}") from None
+    except RecursionError:
+        raise UserError(f"{said}nested too deeply for a recipe") from None
+
+
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -225,6 +230,14 @@ class _Loader(yaml.SafeLoader):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed in a recipe", mark)
         return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Refuse scalars that are not what their tag says, such as `!!int abc`, and numbers of thousands of digits."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, OverflowError) as error:
+            problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]} ({error})"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse repeated keys."""

@@ -66,6 +66,7 @@ KINDS: dict[str, Kind] = {
     "training.save_every": "free",
     "training.save_minutes": "free",
     "training.keep": "free",
+    "training.hang_minutes": "free",
     "training.async_save": "free",
     "parallel.tensor": "free",
     "parallel.pipeline": "free",

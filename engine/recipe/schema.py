@@ -16,7 +16,7 @@ from silva.engine.recipe.file import to_yaml
 Name = Annotated[str, Field(min_length=1)]
 # at least one
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-Number = Annotated[int, Field(ge=0)]
+Number = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -203,6 +203,9 @@ class Training(Section):
     save_minutes: NonNegative = 15.0
     # number of checkpoints
     keep: Count = 2
+    # A job ends if a step takes so many minutes, or if a process gives no sign of life for as long (at most 2 minutes);
+    # 0: never. Processes that torchrun has not started together are not watched.
+    hang_minutes: NonNegative = 30.0
     # whether training goes on while a checkpoint is written
     async_save: bool = True
 
@@ -229,6 +232,11 @@ class Parallel(Section):
     def chunks(self) -> int:
         """Return the number of chunks of the model: its pipeline stages, or the parts of interleaved stages."""
         return self.pipeline * (self.virtual_pipeline or 1)
+
+    @property
+    def rows_multiple(self) -> int:
+        """Return what the number of a step's rows has to be a multiple of: interleaved pipelines need one per stage."""
+        return self.pipeline if self.virtual_pipeline else 1
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for keys that contradict each other, whatever the model and the number of processes."""

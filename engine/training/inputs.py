@@ -77,8 +77,9 @@ def read(recipe: Recipe) -> Inputs:
         _say_padding(tokenizer, shape)
     data, validation = _read_data(recipe, tokenizer)
     batches = batches_of(data, recipe, shape, training=True)
-    for line in _remarks(recipe, shape, data):
-        say(f"           {line}")
+    if groups.rank() == 0:
+        for line in _remarks(recipe, shape, data):
+            say(f"           {line}")
     return Inputs(
         folder=folder,
         shape=shape,
@@ -152,15 +153,17 @@ def check_outputs(recipe: Recipe) -> None:
         UserError: an output is a file, is in a folder where nothing can be written, or would replace a folder that no
             export wrote.
     """
-    for key, folder in (
-        ("output", Path(recipe.output)),
-        ("reference.cache", recipe.reference_cache),
-        ("export.path", recipe.export_path),
+    for key, folder, read_only in (
+        ("output", Path(recipe.output), False),
+        # what a run finds in a cache it does not have to write
+        ("data.cache", recipe.data_cache, True),
+        ("reference.cache", recipe.reference_cache, True),
+        ("export.path", recipe.export_path, False),
     ):
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not there.is_dir():
             raise UserError(f"{key}: {folder} cannot be a folder, {there} is a file; choose another")
-        if not os.access(there, os.W_OK | os.X_OK):
+        if not read_only and not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"{key}: {folder} cannot be written, {there} is not writable; choose another")
     head = OBJECTIVES[recipe.objective.name].head
     hf_export.check_target(recipe.export_path, head=head, reward_format=recipe.export.reward_format)
@@ -191,8 +194,7 @@ def batches_of(data: DataSet, recipe: Recipe, shape: ModelShape, *, training: bo
         mismatched=objective.needs_kl,
         rank=groups.data_rank(),
         ranks=groups.data_size(),
-        # interleaved pipelines need a multiple of the number of stages as micro-batches
-        multiple=recipe.parallel.pipeline if recipe.parallel.virtual_pipeline else 1,
+        multiple=recipe.parallel.rows_multiple,
         cost=_cost(recipe, shape, objective),
     )
 

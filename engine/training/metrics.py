@@ -11,6 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from silva.engine import file_errors
+from silva.engine.errors import UserError
 from silva.engine.objectives import Preference
 
 SUMS = ("loss", "chosen_reward", "rejected_reward", "margin", "correct", "chosen", "rejected", "pairs")
@@ -109,15 +111,16 @@ class Journal:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = _before(path, start_step)
-        # written beside it and renamed, so that a kill loses no history
-        repaired = path.with_suffix(".partial")
-        repaired.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        repaired.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._path = folder / "metrics.jsonl"
+        with file_errors.named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = _before(self._path, start_step)
+            # written beside it and renamed, so that a kill loses no history
+            repaired = self._path.with_suffix(".partial")
+            repaired.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            repaired.replace(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Write one line `{"step", "kind", ...}`; kind is "train" or "validation".
@@ -130,10 +133,11 @@ class Journal:
         line: dict[str, object] = {"step": step, "kind": kind, **finite}
         if len(finite) < len(values):
             line["not_finite"] = [name for name in values if name not in finite]
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in finite.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with file_errors.named(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            for name, value in finite.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> Journal:
         return self
@@ -141,6 +145,13 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        if self._file is None:
+            return
+        for opened in (self._file, self._board):
+            try:
+                with file_errors.named(self._path):
+                    opened.close()
+            except UserError:
+                # what a full disk has refused before, it refuses again
+                if error is None:
+                    raise

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from silva.engine.data.text.chat import ChatTokenizer
+from silva.engine.model import hf
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.recipe.schema import Recipe
-
-# a name on the hub, which the card may link to
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from silva.engine.training.inputs import unit_of
 
 
 def write(
@@ -31,12 +29,12 @@ def write(
     objective = OBJECTIVES[recipe.objective.name]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     keys = ", ".join(f"{key} {getattr(recipe.objective, key)}" for key in objective.keys)
-    base = recipe.model.path if _HUB_NAME.fullmatch(recipe.model.path) else None
+    base = recipe.model.path if hf.HUB_NAME.fullmatch(recipe.model.path) else None
     rows = [
         ("trained from", f"`{recipe.model.path}`"),
         ("objective", f"`{objective.name}`" + (f" ({keys})" if keys else "")),
         ("data", ", ".join(f"`{source.path}` ({source.format})" for source in recipe.data.train)),
-        ("steps", f"{steps:,}, each of {recipe.training.global_batch:,} {unit(recipe)}"),
+        ("steps", f"{steps:,}, each of {recipe.training.global_batch:,} {unit_of(objective)}s"),
         ("learning rate", f"{recipe.training.learning_rate:g} ({recipe.training.schedule})"),
         ("number type", f"{recipe.export_dtype}, trained in {recipe.model.dtype}"),
         ("chat template", _template(recipe)),
@@ -65,11 +63,6 @@ def write(
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def unit(recipe: Recipe) -> str:
-    """Return what a global batch counts."""
-    return "comparisons" if OBJECTIVES[recipe.objective.name].pairwise else "sequences"
 
 
 def _template(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from silva.engine import digests, file_errors
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.loader import BatchLoader
 from silva.engine.data.trees.packing import pack_rows
@@ -73,8 +75,7 @@ def log_probs(
             f"{recipe.reference_path}: the reference policy has another shape than {recipe.model.path} "
             f"({', '.join(other)}); take a checkpoint of the same model"
         )
-    weights = [weights_digest(folder) if groups.rank() == 0 else ""]
-    dist.broadcast_object_list(weights)
+    weights = groups.from_first(lambda: weights_digest(folder))
     loaded = False
 
     def of(data: DataSet, title: str) -> LogProbs:
@@ -92,7 +93,7 @@ def log_probs(
             return _computed(chunks, batches, count, title, multiple, inputs.tokenizer.pad_id)
 
         dtype = getattr(torch, recipe.model.dtype)
-        key = cache_key(weights[0], once.fingerprint, dtype, batches.mismatched)
+        key = cache_key(weights, once.fingerprint, dtype, batches.mismatched)
         values, hit = cached(recipe.reference_cache, key, count, compute)
         say(f"reference  {count:,} log-probs {'from the cache' if hit else 'computed'}")
         return values
@@ -183,18 +184,29 @@ def cached(folder: Path, key: str, count: int, compute: Callable[[], LogProbs]) 
     """
     path = folder / f"{key}.safetensors"
     # rank 0 alone decides, so that ranks that see different file systems still agree
-    found = [_read(path, count) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    if found[0] is not None:
-        return found[0], True
+    found: LogProbs | None = groups.from_first(lambda: _read(path, count))
+    if found is not None:
+        return found, True
+    groups.from_first(lambda: _check_writable(folder))
     values = compute()
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
         partial = path.with_suffix(".partial")
-        save_file({"logprob": values}, partial, metadata={"key": key, "digest": _digest(values)})
-        os.replace(partial, path)
-    dist.barrier()
+        about = {"key": key, "digest": digests.of_bytes(values.tobytes())}
+        with file_errors.named(path, SafetensorError):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"logprob": values}, partial, metadata=about)
+            os.replace(partial, path)
+
+    groups.from_first(keep)
     return values, False
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UserError if nothing can be kept in a folder, before hours are spent on what is to be kept."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    with file_errors.named(folder):
+        tempfile.TemporaryFile(dir=there).close()
 
 
 def _read(path: Path, count: int) -> LogProbs | None:
@@ -205,11 +217,7 @@ def _read(path: Path, count: int) -> LogProbs | None:
             values, written = file.get_tensor("logprob"), file.metadata() or {}
     except (SafetensorError, OSError):
         values, written = np.zeros(0, np.float32), {}
-    if values.shape == (count,) and written.get("digest") == _digest(values):
+    if values.shape == (count,) and written.get("digest") == digests.of_bytes(values.tobytes()):
         return values
     say(f"damaged    {path}: is not what was written; its log-probs are computed again")
     return None
-
-
-def _digest(values: LogProbs) -> str:
-    return hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()

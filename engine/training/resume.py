@@ -12,6 +12,7 @@ from silva.engine.parallel import groups
 
 from pydantic import ValidationError
 
+from silva.engine import file_errors
 from silva.engine.checkpoint import index
 from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.errors import UserError
@@ -144,13 +145,14 @@ def keep_recipe(recipe: Recipe, step: int) -> None:
         step: that comes next.
     """
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
     file, earlier = output / "recipe.yaml", output / f"recipe-until-step-{step:08d}.yaml"
     text = recipe.dump()
-    # of several starts at one step, only the first ends a part of the run
-    if step and file.is_file() and file.read_text(encoding="utf-8") != text and not earlier.exists():
-        file.rename(earlier)
-    file.write_text(text, encoding="utf-8")
+    with file_errors.named(file):
+        output.mkdir(parents=True, exist_ok=True)
+        # of several starts at one step, only the first ends a part of the run
+        if step and file.is_file() and file.read_text(encoding="utf-8") != text and not earlier.exists():
+            file.rename(earlier)
+        file.write_text(text, encoding="utf-8")
 
 
 def weights_sample(folder: Path) -> str:

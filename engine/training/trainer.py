@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from silva.engine.parallel import groups, optimizer
+from silva.engine.parallel.heartbeat import Heartbeat
 
 import torch
 import torch.distributed as dist
@@ -78,8 +79,14 @@ def train(recipe: Recipe, *, around: Around | None = None) -> Summary:
     Raises:
         UserError: recipe, data, checkpoint or layout are unusable.
     """
-    with groups.joined(recipe.parallel, seed=recipe.seed), contextlib.ExitStack() as held:
-        return Trainer(recipe, around=around, held=held).run()
+    with (
+        groups.joined(recipe.parallel, seed=recipe.seed),
+        Heartbeat(
+            groups.own_store(), groups.rank(), groups.world_size(), recipe.training.hang_minutes * 60
+        ) as heartbeat,
+        contextlib.ExitStack() as held,
+    ):
+        return Trainer(recipe, around=around, held=held, heartbeat=heartbeat).run()
 
 
 class Trainer:
@@ -90,11 +97,13 @@ class Trainer:
         around: as in `train`.
         held: keeps what the run holds until its context is left: the lock of its folder, and the handlers of signals.
             None: the run holds neither.
+        heartbeat: is told what the run is at; None: nobody watches it.
 
     Attributes:
         output: the folder of the run.
         first: whether this is the first process, which writes.
         inputs: of the run.
+        heartbeat: watches the processes of the run.
         interruption: tells when to stop and when to save; None if `held` was None.
         reference: log-probs of the training data under the reference policy; None if the objective needs none.
         validation_reference: those of the validation data.
@@ -108,9 +117,15 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, *, around: Around | None = None, held: contextlib.ExitStack | None = None
+        self,
+        recipe: Recipe,
+        *,
+        around: Around | None = None,
+        held: contextlib.ExitStack | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.recipe, self.around = recipe, around
+        self.heartbeat = heartbeat or Heartbeat(None, 0, 1, 0)
         self.interruption: Interruption | None = None
         self.output = Path(recipe.output)
         self.first = groups.rank() == 0
@@ -171,14 +186,14 @@ class Trainer:
             if before:
                 journal.write(0, "validation", before)
             for number, batch in batches:
-                with self.around(self, number, batch) if self.around else contextlib.nullcontext():
+                around = self.around(self, number, batch) if self.around else contextlib.nullcontext()
+                with self.heartbeat.watched(f"step {number}"), around:
                     self.last = self.train_step(number, batch)
-                self.taken = number + 1
+                done = self.taken = number + 1
                 unique, unrolled = unique + batch.unique, unrolled + batch.unrolled
                 journal.write(number, "train", self.last)
                 bar.advance(_note(self.last))
                 self.saver.poll()
-                done = number + 1
                 if settings.validate_every and done % settings.validate_every == 0 and done < steps:
                     journal.write(done, "validation", self.validate())
                 stop, due = self.interruption.agree() if self.interruption else (False, False)
@@ -281,6 +296,7 @@ class Trainer:
         if batches is None:
             return {}
         self._check_weights()
+        self.heartbeat.now("the validation")
         with (
             ProgressBar(title, len(batches), visible=self.first and bool(title)) as bar,
             contextlib.closing(_watched(batches, bar)) as watched,
@@ -302,6 +318,7 @@ class Trainer:
             wait: whether to return only when it is there, as is always done after the last step.
         """
         self._check_weights()
+        self.heartbeat.now(f"the checkpoint of step {number}")
         optimizer.settle(self.step.chunks, self.recipe.parallel)
         wait = wait or number == self.inputs.steps
         self.saver.save(number, self.step.chunks, self.step.optimizer, self.identity, wait=wait)
@@ -311,6 +328,7 @@ class Trainer:
     def export(self) -> Path:
         """Write the trained model as a Hugging Face checkpoint, and return its folder."""
         self._check_weights()
+        self.heartbeat.now("the export")
         optimizer.settle(self.step.chunks, self.recipe.parallel)
         read = self.inputs
         return publish.export_model(self.step.chunks, self.recipe, read.folder, read.tokenizer, read.steps)

@@ -165,9 +165,7 @@ def _values(
     for tree in trees:
         needs = [tree.paths_of(k) for k in range(len(tree))]
         rows.append([piece(Part.whole(tree, np.arange(len(tree)), needs))])
-    # interleaved pipelines need a multiple of the number of stages
-    stages = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline else 1
-    rows += [[] for _ in range(-len(rows) % stages)]
+    rows += [[] for _ in range(-len(rows) % recipe.parallel.rows_multiple)]
     # every data-parallel rank computes the same rows, because schedules are collective
     packed = pack_rows(rows, multiple=gpt.row_multiple(recipe.parallel), pad_id=pad_id)
     found: list[Any] = [[values.double().tolist() for values in sequence_values(chunks, packed)]]

@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
+from foreign import ANY, BYTES, fuzz, refused_in_a_line, written
+from hypothesis import given
 from hypothesis import strategies as st
 
 from silva.engine.errors import UserError
 from silva.engine.model import hf
 
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.just(10**4000)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["llama", "mistral", "LlamaForCausalLM", "../x.safetensors", "model.safetensors"])
-)
-ANY = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner)
-)
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = fuzz(400)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     return tiny.checkpoint(tmp_path_factory.mktemp("whole"))
-
-
-def written(value: object) -> str:
-    """JSON, with numbers of any length."""
-    before = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
-    try:
-        return json.dumps(value)
-    finally:
-        sys.set_int_max_str_digits(before)
-
-
-def refused_in_a_line(read) -> None:
-    try:
-        read()
-    except UserError as error:
-        line = str(error)
-        assert "\n" not in line
-        assert len(line) < 600
 
 
 @FUZZ
@@ -67,7 +36,7 @@ def test_a_config_of_any_values(data, whole, tmp_path):
 
 
 @FUZZ
-@given(content=st.binary(max_size=60) | st.sampled_from([b"[" * 100_000, b"1" * 5000, b"\xff\xfe", b"null"]))
+@given(content=BYTES)
 def test_a_config_of_any_bytes(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError):

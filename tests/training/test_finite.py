@@ -21,16 +21,6 @@ from silva.engine.training.metrics import Journal
 LAYOUTS = [(1, {}), (2, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("rows") / "sft.jsonl", tiny.rows("sft", 9))
-
-
 def train(recipe: Recipe, bad: tuple[int, ...] = (), rank: int = 0) -> None:
     """Trains; in some steps, one rank's gradients are not finite."""
 

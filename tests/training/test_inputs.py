@@ -16,11 +16,6 @@ from silva.engine.recipe.schema import Recipe
 from silva.engine.training import inputs, trainer
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
-
-
 def read(recipe: Recipe) -> None:
     with groups.joined(recipe.parallel):
         inputs.read(recipe)

@@ -25,16 +25,6 @@ from silva.engine.training import interruption, output_lock, trainer
 from silva.engine.training.output_lock import OutputLock
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("rows") / "sft.jsonl", tiny.rows("sft", 9))
-
-
 def recipe(model: Path, rows: Path, output: Path, **sections: Any) -> Recipe:
     training = {"global_batch": 4, "max_steps": 4, "save_minutes": 0.0}
     sections["training"] = training | sections.get("training", {})
@@ -96,10 +86,13 @@ def test_checkpoints_are_written_by_time(model, rows, tmp_path):
 
 
 SLOW = """
-import sys, time, contextlib, os
+import sys, time, contextlib, os, signal
 from silva.engine import cli
 from silva.engine.recipe.loading import load
 from silva.engine.training import trainer
+
+# a shell has a program that it starts in the background ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @contextlib.contextmanager
 def slow(running, number, batch):

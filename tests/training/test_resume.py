@@ -21,11 +21,6 @@ from silva.engine.training import publish, resume, trainer
 CONSTANT = {"schedule": "constant", "save_every": 1, "keep": 9}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def rows(tmp_path) -> Path:
     return tiny.write(tmp_path / "rows.jsonl", tiny.rows("pair", 6))

@@ -19,6 +19,9 @@ from typing import IO, Any
 from silva.engine.errors import UserError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Of one row as JSON, and of a JSON file that is held as a whole. A tree of a thousand long conversations has some
+# megabytes; a line that gzip makes of nothing may have any number.
+ROW_BYTES, WHOLE_BYTES = 1 << 28, 1 << 32
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 
 
@@ -127,6 +130,9 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _files(folder: Path, split: str) -> list[Path]:
     """List the data files of a folder that belong to `split`."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file))
+    for file in files:
+        if not _is_text(file.name):
+            raise UserError(f"data source {folder}: the file name {file.name!r} is not UTF-8; rename it")
     files = [
         file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
@@ -151,6 +157,11 @@ def _files(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def _is_text(name: str) -> bool:
+    """Tell whether a name can be written; of one that is not UTF-8, Python makes what it cannot write."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def _open_bytes(file: Path) -> IO[bytes]:
     if file.name.endswith(".gz"):
         return gzip.open(file, "rb")  # type: ignore[return-value]
@@ -160,11 +171,23 @@ def _open_bytes(file: Path) -> IO[bytes]:
 def _json_lines(file: Path, name: str, fields: Fields) -> Iterator[Row]:
     try:
         with _open_bytes(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
+            for number, line in enumerate(_bounded_lines(lines), start=1):
+                if len(line) > ROW_BYTES:
+                    yield Row(
+                        f"{name}:{number}", None, "the line is too long", f"more than {ROW_BYTES:,} bytes"
+                    )
+                elif line.strip():
                     yield _json_row(line, f"{name}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: the gzip file is damaged or cut short ({error}); fetch it again") from None
+
+
+def _bounded_lines(lines: IO[bytes]) -> Iterator[bytes]:
+    """Yield every line; of a line that is too long only its beginning, one byte longer than it may be."""
+    while line := lines.readline(ROW_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = lines.readline(1 << 20)
 
 
 def _json_row(line: bytes, origin: str) -> Row:
@@ -192,7 +215,12 @@ def _json_file(file: Path, name: str, fields: Fields) -> Iterator[Row]:
             yield from _json_lines(file, name, fields)
             return
         with _open_bytes(file) as content:
-            whole = json.load(content)
+            read = content.read(WHOLE_BYTES + 1)
+        if len(read) > WHOLE_BYTES:
+            raise UserError(
+                f"{file}: has more than {WHOLE_BYTES:,} bytes, and is read as a whole; make it JSON lines"
+            )
+        whole = json.loads(read)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: the gzip file is damaged or cut short ({error}); fetch it again") from None
     # JSONDecodeError and UnicodeDecodeError are ValueErrors; RecursionError means that the nesting is too deep
@@ -205,7 +233,9 @@ def _json_file(file: Path, name: str, fields: Fields) -> Iterator[Row]:
 def _is_lines(file: Path) -> bool:
     """Tell whether a `.json` file holds JSON lines: whether its second line that is not blank begins an object."""
     with _open_bytes(file) as lines:
-        shown = (text for line in lines if (text := line.removeprefix(codecs.BOM_UTF8).strip()))
+        shown = (
+            text for line in _bounded_lines(lines) if (text := line.removeprefix(codecs.BOM_UTF8).strip())
+        )
         first, second = next(shown, b""), next(shown, b"")
     return first.startswith(b"{") and len(first) > 1 and second.startswith(b"{")
 
@@ -251,7 +281,7 @@ def _parquet(file: Path, name: str, fields: Fields) -> Iterator[Row]:
             kept = names
         others = tuple(each for each in names if each not in kept)
         yield from _arrow_rows(table.iter_batches(batch_size=1024, columns=kept), name, others)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({_one_line(error)})") from None
 
 
@@ -336,8 +366,8 @@ def _saved_dataset(folder: Path, split: str) -> Any:
 
     try:
         found = datasets.load_from_disk(str(folder))
-    # TypeError and KeyError mean that the files of `datasets` lack keys
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    # whatever files with other keys and types lead to
+    except Exception as error:
         raise UserError(f"data source {folder}: datasets cannot load it ({_one_line(error)})") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -365,8 +395,15 @@ def _dataset(found: Any, name: str, fields: Fields) -> Iterator[Row]:
     """Yield the rows of a `datasets.Dataset`."""
     kept = [each for each in found.column_names if fields is None or each in fields] or found.column_names
     others = tuple(each for each in found.column_names if each not in kept)
-    tables = found.select_columns(kept).with_format("arrow").iter(batch_size=1024)
-    return _arrow_rows(tables, name, others)
+    import pyarrow
+
+    try:
+        tables = found.select_columns(kept).with_format("arrow").iter(batch_size=1024)
+        yield from _arrow_rows(tables, name, others)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"data source {name}: its files are damaged ({_one_line(error)}); fetch them again"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

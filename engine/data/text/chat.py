@@ -168,9 +168,18 @@ class ChatTokenizer:
         Raises:
             UserError: a missing or damaged tokenizer, no template anywhere, or one that cannot be rendered.
         """
-        loaded = load(path)
-        source, name = resolve(chat_template, loaded.transformers.chat_template, path)
-        return cls(loaded, source, name, add_bos=add_bos, append_eos=append_eos)
+        try:
+            loaded = load(path)
+            source, name = resolve(chat_template, loaded.transformers.chat_template, path)
+            return cls(loaded, source, name, add_bos=add_bos, append_eos=append_eos)
+        except UserError:
+            raise
+        # foreign files may hold anything, over which their readers, here and in libraries, stumble in many ways
+        except Exception as error:
+            raise UserError(
+                f"tokenizer {path}: its files do not hold what a tokenizer's do ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); fetch them again"
+            ) from error
 
     def _with_bos(self, source: str, template: ChatTemplate, add_bos: bool | None) -> str:
         """Return the template with what `add_bos` says."""
@@ -397,7 +406,7 @@ class ChatTokenizer:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "legacy": self._loaded.prefix_after_special,
             }
-        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        reader_tokens.write_json(settings_file, settings)
 
     @property
     def begins_with_bos(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from silva.engine.data.reading.messages import Message
+from silva.engine.data.text import limits
 from silva.engine.errors import UserError
 
 # Eurus' template writes `[INST] {prompt} [/INST]` for user turns, then a space and the answer. It writes the EOS only
@@ -115,9 +116,16 @@ class ChatTemplate:
         source: the text of the template.
         name: of the template, for errors.
         control: the control tokens: those that only the template may write.
+
+    Raises:
+        UserError: the template is far too long to be one.
     """
 
     def __init__(self, tokenizer: Any, source: str, name: str, control: Sequence[str]) -> None:
+        if len(source) > limits.SOURCE_CHARACTERS:
+            raise UserError(
+                f"{name}: has {len(source):,} characters, and a template may have {limits.SOURCE_CHARACTERS:,}"
+            )
         self.source = source
         self.name = name
         self._tokenizer = tokenizer
@@ -144,14 +152,17 @@ class ChatTemplate:
     def _render(self, messages: tuple[Message, ...], generation: bool, **variables: str) -> str:
         context, said = split(messages)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [message.fields() for message in said],
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **context,
-                **variables,
-            )
+            with limits.limited():
+                text: str = self._tokenizer.apply_chat_template(
+                    [message.fields() for message in said],
+                    chat_template=self.source,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    **context,
+                    **variables,
+                )
+            if len(text) > limits.CHARACTERS:
+                raise limits.Exceeded(f"it writes more than {limits.CHARACTERS:,} characters")
         # templates compute: besides Jinja's own errors, an expression in one can raise any of these
         except (
             jinja2.TemplateError,
@@ -160,6 +171,9 @@ class ChatTemplate:
             AttributeError,
             ArithmeticError,
             LookupError,
+            # of the Python that Jinja writes for a template
+            SyntaxError,
+            limits.Exceeded,
         ) as error:
             raise CannotRender(
                 f"{self.name} cannot render messages with roles {_roles(said)}: {error}; choose another "
