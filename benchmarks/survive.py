@@ -95,8 +95,8 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the processes of the ranks: the program itself, or the agent's children."""
-        own = psutil.Process(self.process.pid)
         try:
+            own = psutil.Process(self.process.pid)
             children = [
                 child for child in own.children() if "silva.engine.train" in " ".join(child.cmdline())
             ]
@@ -218,13 +218,13 @@ def _wait_for_lock(job: Job, output: Path) -> None:
 
 
 def _kill(job: Job, kind: str, chance: random.Random) -> None:
-    target = psutil.Process(job.process.pid)
     if kind == "stop a rank" and " export=" in job.said():
         # a process that only has to end is no rank any more
         return
-    if kind != "kill the agent":
-        target = chance.choice(job.ranks() or [target])
     try:
+        target = psutil.Process(job.process.pid)
+        if kind != "kill the agent":
+            target = chance.choice(job.ranks() or [target])
         target.send_signal(SIGNALS[kind])
     except psutil.NoSuchProcess:
         # it was over before the moment came

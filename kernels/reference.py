@@ -214,7 +214,7 @@ def sequence_sums(values: Tensor, span: Tensor, span_pointer: Tensor, span_index
 
     Args:
         values: (L,) float, one per scored position.
-        span: (L,) int, the span of each position.
+        span: (L,) int, the span of each position, ascending.
         span_pointer: (N + 1,) int, CSR row pointer over sequences.
         span_index: (entries,) int, the spans of each sequence.
 
@@ -224,9 +224,14 @@ def sequence_sums(values: Tensor, span: Tensor, span_pointer: Tensor, span_index
     # The sum is taken in float64: in float32 a log-prob near -500, summed token by token, is off by more than its last
     # digit, and an unrolled sequence is off by another amount than the same sequence in a tree.
     wide = values.double()
-    # L bounds the number of spans, so no size has to be read back from the device
-    per_span = torch.zeros_like(wide).index_add(0, span.long(), wide)
-    entries = torch.arange(span_index.shape[0], device=values.device)
-    owner = torch.searchsorted(span_pointer[1:].long(), entries, right=True)
-    sums = wide.new_zeros(span_pointer.shape[0] - 1).index_add(0, owner, per_span[span_index.long()])
-    return sums.to(values.dtype)
+    # Segments are summed in a fixed order; `index_add` would add by atomics on a GPU, in any order. L bounds the number
+    # of spans, so no size has to be read back from the device.
+    spans = torch.arange(len(span) + 1, device=span.device, dtype=span.dtype)
+    per_span = _segment_sums(wide, torch.searchsorted(span, spans))
+    return _segment_sums(per_span[span_index.long()], span_pointer.long()).to(values.dtype)
+
+
+def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return (n,) sums of the segments of `values` that begin at (n + 1,) offsets."""
+    found: Tensor = torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0, unsafe=True)
+    return found

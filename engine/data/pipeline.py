@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 # names every file's digest
 DIGESTS = "digests.json"
 # raised whenever the same input would give other shards
-VERSION = 4
+VERSION = 5
 # parsed text of one shard; a worker holds one shard at a time, as objects that take about ten times as many bytes
 SHARD_BYTES = 8 << 20
 # rows between two updates of the progress bar
@@ -170,14 +170,18 @@ def _make(task: SourceTask, folder: Path, workers: int, say: Say | None) -> None
     for name in ("rows", "rows.npy", "shards.npy", "boilerplate.npy", "spooled"):
         (work / name).unlink()
     written = {path.name: _file_digest(path) for path in sorted(work.iterdir())}
-    _write(work / DIGESTS, json.dumps(written, indent=1))
+    # with the folder's own name, so that another source's folder is not taken for it
+    _write(work / DIGESTS, json.dumps({"key": folder.name, "files": written}, indent=1))
     work.rename(folder)
 
 
 def _damage(folder: Path) -> Path | None:
     """Return the first file of a finished folder that is not what was written; None if all are."""
     try:
-        written = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        found = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        written = found["files"]
+        if found["key"] != folder.name:
+            return folder / DIGESTS
         return next(
             (
                 folder / name
@@ -186,7 +190,7 @@ def _damage(folder: Path) -> Path | None:
             ),
             None,
         )
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return folder / DIGESTS
 
 

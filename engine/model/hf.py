@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from silva.engine.errors import UserError, shown
+from silva.engine.model import hub_digests
 from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, slices, tensors
 
 # what this project reads of a repository: no pickles, no code
@@ -99,7 +100,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         UserError: the model is no Llama or Mistral that `gpt.build` can build; the message names the key.
     """
     file = fetch(path) / "config.json"
-    config = _read_json(file)
+    config = read_json(file)
     kind = config.get("model_type")
     named = config.get("architectures") or [None]
     if not isinstance(named, list) or kind not in [*DEFAULTS] or named[0] not in (*ARCHITECTURES, None):
@@ -135,7 +136,12 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a checkpoint.
+
+    Raises:
+        UserError: the file is missing, or holds anything else.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -199,7 +205,7 @@ def _rope_theta(file: Path, config: dict[str, Any]) -> float:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Return which file holds which tensor, files of this folder alone."""
-    found = _read_json(index).get("weight_map")
+    found = read_json(index).get("weight_map")
     if not isinstance(found, dict):
         raise UserError(f"{index}: weight_map must be an object, found {shown(found)}")
     for name, file in found.items():
@@ -293,9 +299,9 @@ class _Checkpoint:
 def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: ModelShape) -> tuple[int, int]:
     """Fill the weights of `gpt.build`'s modules from a checkpoint, converting them to the modules' type.
 
-    Every process reads its own rows and columns only. A reward head is read if the checkpoint has one (`score.weight`
-    or `regression_head.weight`); otherwise it keeps the weight that it was built with. Padded vocabulary rows become
-    zero.
+    The call is collective, and every process reads its own rows and columns only. A reward head is read if the
+    checkpoint has one (`score.weight` or `regression_head.weight`); otherwise it keeps the weight that it was built
+    with. Padded vocabulary rows become zero.
 
     Args:
         chunks: `gpt.build`'s modules, not wrapped.
@@ -306,10 +312,13 @@ def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: Model
         The bytes that this process read, and those of all tensors of the model.
 
     Raises:
-        UserError: a tensor is missing, of another shape, not finite, or has no place in the model.
+        UserError: a tensor is missing, of another shape, not finite, or has no place in the model; or a file is not
+            what the model hub gave.
     """
+    folder = fetch(path)
+    hub_digests.check(folder)
     with ExitStack() as opened:
-        checkpoint = _Checkpoint(fetch(path), opened)
+        checkpoint = _Checkpoint(folder, opened)
         head: Any = chunks[0].config.head  # type: ignore[union-attr]
         score = next((name for name in (SCORE, REGRESSION) if name in checkpoint.names), None)
         expected = tensors(shape)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from silva.engine import file_errors
 from silva.engine.data.text import tokenizer_files
 from silva.engine.errors import UserError
+from silva.engine.model import hf
 from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, slices
 
 RewardFormat = Literal["sequence_classification", "eurus", "both"]
@@ -144,6 +145,20 @@ def check_target(
     for target, _ in _jobs(Path(folder), head, reward_format):
         for place in (target, _beside(target, PARTIAL), _beside(target, OLD)):
             _check_replaceable(place)
+
+
+def check_source(folder: Path) -> None:
+    """Check that what an export copies from the model that it came from can be read; a run asks this before training.
+
+    Args:
+        folder: as `export` takes it for `source`.
+
+    Raises:
+        UserError: generation_config.json is not what its name says.
+    """
+    file = folder / "generation_config.json"
+    if file.is_file():
+        hf.read_json(file)
 
 
 def _jobs(folder: Path, head: str, reward_format: RewardFormat) -> list[tuple[Path, str | None]]:

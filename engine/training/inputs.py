@@ -66,6 +66,7 @@ def read(recipe: Recipe) -> Inputs:
     """
     folder = hf.fetch(recipe.model.path)
     shape = hf.read_shape(folder)
+    hf_export.check_source(folder)
     gpt.check_layout(shape, recipe.parallel)
     tokenizer = load_tokenizer(recipe, folder)
     if tokenizer.vocab_size > shape.vocab:

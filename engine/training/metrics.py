@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from torch import Tensor
 from silva.engine import file_errors
 from silva.engine.errors import UserError
 from silva.engine.objectives import Preference
+from silva.engine.progress import say
 
 SUMS = ("loss", "chosen_reward", "rejected_reward", "margin", "correct", "chosen", "rejected", "pairs")
 
@@ -82,15 +84,27 @@ def summarize(sums: Tensor, count: int) -> dict[str, float]:
 
 
 def _before(path: Path, step: int) -> list[str]:
-    """Return the lines of the steps before one; a line that a kill has torn is of a step that is repeated anyway."""
-    kept = []
+    """Return the lines of the steps before one; a line that a kill has torn is of a step that is repeated anyway.
+
+    If lines of other steps are lost, the file is kept under another name, which is said.
+    """
+    kept, trained = [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            number = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            number, kind = entry["step"], entry["kind"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(number, int) and number < step:
             kept.append(line)
+            if kind == "train":
+                trained.add(number)
+    if len(trained) < step and path.exists():
+        aside = path.with_suffix(".damaged.jsonl")
+        shutil.copyfile(path, aside)
+        say(
+            f"damaged    {path}: the lines of {step - len(trained)} of {step} steps are lost; kept as {aside.name}"
+        )
     return kept
 
 

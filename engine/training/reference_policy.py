@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import tempfile
@@ -134,8 +135,9 @@ def _merge_ranks(found: Tensor) -> LogProbs:
     return found.float().cpu().numpy()
 
 
+@functools.cache
 def weights_digest(folder: Path) -> str:
-    """Compute the digest of a checkpoint's config and of every byte of its safetensors files."""
+    """Compute the digest of a checkpoint's config and of every byte of its safetensors files, once in a process."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
 
     def digest(path: Path) -> bytes:
@@ -184,7 +186,7 @@ def cached(folder: Path, key: str, count: int, compute: Callable[[], LogProbs]) 
     """
     path = folder / f"{key}.safetensors"
     # rank 0 alone decides, so that ranks that see different file systems still agree
-    found: LogProbs | None = groups.from_first(lambda: _read(path, count))
+    found: LogProbs | None = groups.from_first(lambda: _read(path, key, count))
     if found is not None:
         return found, True
     groups.from_first(lambda: _check_writable(folder))
@@ -209,7 +211,7 @@ def _check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=there).close()
 
 
-def _read(path: Path, count: int) -> LogProbs | None:
+def _read(path: Path, key: str, count: int) -> LogProbs | None:
     if not path.is_file():
         return None
     try:
@@ -217,7 +219,8 @@ def _read(path: Path, count: int) -> LogProbs | None:
             values, written = file.get_tensor("logprob"), file.metadata() or {}
     except (SafetensorError, OSError):
         values, written = np.zeros(0, np.float32), {}
-    if values.shape == (count,) and written.get("digest") == digests.of_bytes(values.tobytes()):
+    same = (written.get("key"), written.get("digest")) == (key, digests.of_bytes(values.tobytes()))
+    if same and values.shape == (count,):
         return values
     say(f"damaged    {path}: is not what was written; its log-probs are computed again")
     return None

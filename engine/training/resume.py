@@ -22,6 +22,7 @@ from silva.engine.progress import say
 from silva.engine.recipe import identity
 from silva.engine.recipe.schema import Recipe
 from silva.engine.training.inputs import Inputs
+from silva.engine.training.reference_policy import weights_digest
 
 # bytes of each of the places of a weight file that go into its digest
 _SAMPLE, _SAMPLES = 1 << 16, 16
@@ -50,7 +51,8 @@ def run_of(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         if recipe.data.validation and inputs.validation is not None:
             contents["validation"] = inputs.validation.fingerprint
         if OBJECTIVES[recipe.objective.name].needs_reference:
-            contents["reference"] = weights_sample(hf.fetch(recipe.reference_path))
+            # every byte counts here, because the log-probs may have to be computed again
+            contents["reference"] = weights_digest(hf.fetch(recipe.reference_path))
         return identity.of(recipe, contents)
 
     found: dict[str, Any] = groups.from_first(compute)
