@@ -332,22 +332,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps) if runs_kernels(x) else reference.rms_norm(x, weight, eps)
 
 
-def rotary_angles(position: Tensor, inverse_frequency: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(position: Tensor, inverse_frequency: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Compute cos and sin of every token's angles; they are the same for every layer, so made once per row.
 
     Args:
         position: (S,), the depth of each token in its tree.
         inverse_frequency: (D / 2,).
+        scale: what both are multiplied by (YaRN's attention factor).
 
     Returns:
         cos and sin, each (S, D / 2) float32.
     """
     angle = position.float()[:, None] * inverse_frequency.float()[None]
-    return angle.cos(), angle.sin()
+    return angle.cos() * scale, angle.sin() * scale
 
 
 def rotary(
-    x: Tensor, position: Tensor, inverse_frequency: Tensor, *, angles: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    position: Tensor,
+    inverse_frequency: Tensor,
+    scale: float = 1.0,
+    *,
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Compute the rotary position embedding in Llama's non-interleaved form (Su et al. 2021, arXiv 2104.09864).
 
@@ -355,14 +361,15 @@ def rotary(
         x: (S, heads, D); a slice of a larger tensor is read as it is.
         position: (S,), the depth of each token in its tree.
         inverse_frequency: (D / 2,).
+        scale: as `rotary_angles` takes it.
         angles: of `rotary_angles`, if they are at hand.
 
     Returns:
         (S, heads, D), in x's dtype.
     """
     if not runs_kernels(x):
-        return reference.rotary(x, position, inverse_frequency)
-    cos, sin = rotary_angles(position, inverse_frequency) if angles is None else angles
+        return reference.rotary(x, position, inverse_frequency, scale)
+    cos, sin = rotary_angles(position, inverse_frequency, scale) if angles is None else angles
     return _Rotary.apply(x, cos, sin)
 
 

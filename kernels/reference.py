@@ -187,7 +187,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rotary(x: Tensor, position: Tensor, inverse_frequency: Tensor) -> Tensor:
+def rotary(x: Tensor, position: Tensor, inverse_frequency: Tensor, scale: float = 1.0) -> Tensor:
     """Compute the rotary position embedding in Llama's non-interleaved form (arXiv 2104.09864).
 
     Angles are computed in float32 at least and the rotation in x's dtype, as transformers does.
@@ -196,13 +196,16 @@ def rotary(x: Tensor, position: Tensor, inverse_frequency: Tensor) -> Tensor:
         x: (S, heads, D).
         position: (S,), the depth of each token in its tree.
         inverse_frequency: (D / 2,).
+        scale: what cosine and sine are multiplied by.
 
     Returns:
         (S, heads, D), in x's dtype.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     angle = position.to(wide)[:, None] * inverse_frequency.to(wide)[None]
-    cos, sin = (f(torch.cat([angle, angle], -1)).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
+    cos, sin = (
+        (f(torch.cat([angle, angle], -1)) * scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin)
+    )
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 

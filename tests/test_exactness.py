@@ -14,12 +14,11 @@ from silva.engine.parallel import groups, optimizer
 
 import numpy as np
 import pytest
-import random_models
 import tiny
 import torch
 from worlds import world
 
-from benchmarks import ultrainteract
+from benchmarks import random_models, ultrainteract
 from silva.engine.data.dataset import DataSet
 from silva.engine.data.loader import BatchLoader
 from silva.engine.data.reading.messages import Message

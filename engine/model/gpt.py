@@ -8,6 +8,7 @@ tensor-parallel processes. Hidden states have the shape (S, 1, H): sequence firs
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +67,9 @@ class SilvaConfig(TransformerConfig):
         head: which head the model has.
         vocabulary: number of real tokens, without the padding to a multiple of tp.
         rope_theta: the base of the rotary frequencies.
+        rope_frequencies: inverse frequencies of scaled positions; None: those of `rope_theta`.
+        rope_scale: what their cosine and sine are multiplied by.
+        output_bias: whether attention's output has a bias.
         window: tokens that attention looks back at most, itself included; None for all.
         attention: `model.attention` of the recipe.
         seed: of a reward head's weight.
@@ -74,6 +78,9 @@ class SilvaConfig(TransformerConfig):
     head: Head = "lm"
     vocabulary: int = 0
     rope_theta: float = 10000.0
+    rope_frequencies: tuple[float, ...] | None = None
+    rope_scale: float = 1.0
+    output_bias: bool = False
     window: int | None = None
     attention: str = "tree"
     seed: int = 0
@@ -140,10 +147,14 @@ class TreeAttention(nn.Module):
     def __init__(self, config: SilvaConfig, layer_number: int, **unused: Any) -> None:
         super().__init__()
         self.window = config.window
+        self.scale = config.rope_scale
         size = config.kv_channels
-        exponent = torch.arange(0, size, 2, dtype=torch.float32) / size
+        if config.rope_frequencies is None:
+            frequency = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+        else:
+            frequency = torch.tensor(config.rope_frequencies, dtype=torch.float32)
         # no buffer, because converting the module to bfloat16 would convert it too and round the positions' angles
-        self.inverse_frequency = (1.0 / config.rope_theta**exponent).to(torch.cuda.current_device())
+        self.inverse_frequency = frequency.to(torch.cuda.current_device())
 
     def forward(
         self,
@@ -176,10 +187,11 @@ class TreeAttention(nn.Module):
         assert position is not None
         assert subtree_end is not None
         if packed_seq_params.angles is None:
-            packed_seq_params.angles = rotary_angles(position, self.inverse_frequency)
+            packed_seq_params.angles = rotary_angles(position, self.inverse_frequency, self.scale)
         angles, share = packed_seq_params.angles, packed_seq_params.share
-        query = rotary(query[:, 0], position, self.inverse_frequency, angles=angles)
-        key = rotary(key[:, 0], position, self.inverse_frequency, angles=angles)
+        query, key = (
+            rotary(x[:, 0], position, self.inverse_frequency, self.scale, angles=angles) for x in (query, key)
+        )
         # A view would keep the whole projection until the backward pass, which is six times as much with four query
         # heads per key head. Of queries and keys, only the rotated copies are kept.
         value = value[:, 0].contiguous()
@@ -190,6 +202,30 @@ class TreeAttention(nn.Module):
         else:
             out = tree_attention(query, key, value, subtree_end, blocks=packed_seq_params.blocks)
         return out.flatten(1)[:, None]
+
+
+class TreeSelfAttention(SelfAttention):
+    """Extends megatron-core's attention, whose output has a bias, or none, whatever the feed-forward part has."""
+
+    def __init__(self, config: SilvaConfig, *args: Any, **kwargs: Any) -> None:
+        # megatron-core has one switch for both
+        if config.output_bias != config.add_bias_linear:
+            config = copy.copy(config)
+            config.add_bias_linear = config.output_bias
+        super().__init__(config, *args, **kwargs)
+
+
+class BiasedRowParallelLinear(RowParallelLinear):
+    """Extends megatron-core's layer, whose bias others are to add, by adding it here.
+
+    Recomputation would make that bias, which a module returns as it is, an output of itself, and the backward pass
+    would never end.
+    """
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """Return the sum over the processes, with the bias, and no bias to add."""
+        out, bias = super().forward(input_)
+        return (out if bias is None else out + bias), None
 
 
 class SwiGLU(MegatronModule):
@@ -358,6 +394,9 @@ def _configuration(
         head=head,
         vocabulary=shape.vocab,
         rope_theta=shape.rope_theta,
+        rope_frequencies=shape.rope_frequencies,
+        rope_scale=shape.rope_scale,
+        output_bias=shape.output_bias,
         window=shape.window,
         attention=attention,
         seed=seed,
@@ -371,7 +410,10 @@ def _configuration(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=shape.mlp_bias,
+        add_qkv_bias=shape.qkv_bias,
+        # has megatron-core sum the gradients of these norms over the processes that split the heads
+        qk_layernorm=shape.head_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -401,12 +443,17 @@ def _configuration(
     )
 
 
-def _layer_spec() -> ModuleSpec:
+def _layer_spec(shape: ModelShape) -> ModuleSpec:
+    norm = RMSNorm if shape.head_norm else None
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=TreeSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=TreeAttention, linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear,
+            core_attention=TreeAttention,
+            linear_proj=BiasedRowParallelLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
     return ModuleSpec(
@@ -419,7 +466,9 @@ def _layer_spec() -> ModuleSpec:
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
+                    linear_fc1=ColumnParallelLinear,
+                    activation_func=SwiGLU,
+                    linear_fc2=BiasedRowParallelLinear,
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -432,7 +481,7 @@ def _build_stage(config: SilvaConfig, shape: ModelShape, virtual_stage: int | No
     layers = get_num_layers_to_build(config, virtual_stage)
     model = TreeModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[_layer_spec()] * layers, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
         vocab_size=padded_vocabulary(shape.vocab, config.tensor_model_parallel_size),
         max_sequence_length=shape.max_position,
         # positions are depths in a tree, and TreeAttention applies them

@@ -5,7 +5,6 @@ Every process reads only the rows and columns that it holds, one tensor at a tim
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,25 +22,15 @@ from torch import Tensor, nn
 
 from silva.engine.errors import UserError, shown
 from silva.engine.model import hub_digests
+from silva.engine.model.families import known
+from silva.engine.model.families.config import read_json
 from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, slices, tensors
 
 # what this project reads of a repository: no pickles, no code
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "LlamaForSequenceClassification",
-    "MistralForSequenceClassification",
-    "EurusRewardModel",
-)
 # bytes of a weight, by safetensors' name of its type
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# transformers leaves out of config.json what equals its own default
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-}
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
@@ -97,110 +86,10 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         The shape.
 
     Raises:
-        UserError: the model is no Llama or Mistral that `gpt.build` can build; the message names the key.
+        UserError: the model is of no family that `gpt.build` can build, or another variant; the message names the key.
     """
     file = fetch(path) / "config.json"
-    config = read_json(file)
-    kind = config.get("model_type")
-    named = config.get("architectures") or [None]
-    if not isinstance(named, list) or kind not in [*DEFAULTS] or named[0] not in (*ARCHITECTURES, None):
-        raise UserError(
-            f"{file}: model_type {shown(kind)} with architectures {shown(named)} is not supported; it has to be "
-            f"llama or mistral with one of {', '.join(ARCHITECTURES)}"
-        )
-    config = DEFAULTS[kind] | config
-    _refuse_variants(file, config)
-    heads, hidden = (_count(file, config, key) for key in ("num_attention_heads", "hidden_size"))
-    kv_heads = heads if config["num_key_value_heads"] is None else _count(file, config, "num_key_value_heads")
-    head_dim = hidden // heads if config.get("head_dim") is None else _count(file, config, "head_dim")
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(
-            f"{file}: {heads} attention heads of size {head_dim} over {kv_heads} key-value heads; the heads "
-            "must be a multiple of the key-value heads and their size even"
-        )
-    windowed = kind == "mistral" and config["sliding_window"] is not None
-    return ModelShape(
-        layers=_count(file, config, "num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=_count(file, config, "intermediate_size"),
-        vocab=_count(file, config, "vocab_size"),
-        rope_theta=_rope_theta(file, config),
-        norm_eps=_positive(file, config, "rms_norm_eps", 1e-6),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        window=_count(file, config, "sliding_window") if windowed else None,
-        architecture=kind,
-        max_position=_count(file, config, "max_position_embeddings"),
-    )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a checkpoint.
-
-    Raises:
-        UserError: the file is missing, or holds anything else.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; {file.parent} is not a Hugging Face checkpoint's folder") from None
-    # bad JSON or bad UTF-8, a number of thousands of digits, or brackets in thousands of brackets
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: a JSON object is expected, found {type(found).__name__}")
-    return found
-
-
-def _count(file: Path, config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise UserError(f"{file}: {key} must be a positive whole number below 2^31, found {shown(value)}")
-    return value
-
-
-def _positive(file: Path, config: dict[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise UserError(f"{file}: {key} must be a positive number, found {shown(value)}")
-    return float(value)
-
-
-def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
-    """Raise UserError for a setting that would change the model's outputs and that `gpt.build` does not build."""
-    supported: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "attention_dropout": (0, 0.0),
-        "partial_rotary_factor": (1, 1.0),
-        "quantization_config": (None,),
-    }
-    for key, values in supported.items():
-        if config.get(key, values[0]) not in values:
-            raise UserError(f"{file}: {key} is {shown(config[key])}; only {values[0]!r} is supported")
-
-
-def _rope_theta(file: Path, config: dict[str, Any]) -> float:
-    """Return the base of the rotary frequencies.
-
-    It is in `rope_parameters` since transformers 5, and before that in `rope_theta` beside `rope_scaling`.
-    """
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{file}: {key} must be an object, found {shown(rope)}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError(
-                f"{file}: {key} is {shown(rope)}; only unscaled positions (rope_type default) are supported"
-            )
-    rope = config.get("rope_parameters") or {}
-    return _positive(file, config | rope, "rope_theta", 10000.0)
+    return known.shape(file, read_json(file))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -270,6 +159,27 @@ class _Checkpoint:
         found = self.tensor(name)
         return math.prod(found.get_shape()) * BYTES[found.get_dtype()]
 
+    def check_head(self, head: str, score: str | None) -> None:
+        """Refuse a classifier where a language model is needed, and one of several labels where a reward is.
+
+        Args:
+            head: of the model that is to be filled.
+            score: the tensor of a classifier's or reward model's head, if the checkpoint has one.
+        """
+        if score is None:
+            return
+        if head == "lm" and OUTPUT not in self.names:
+            raise UserError(
+                f"{self.folder}: is a classifier or reward model ({score}) without an output matrix, and this "
+                "objective trains a language model; take the language model that it was made from"
+            )
+        labels = self.tensor(score).get_shape()[0]
+        if head == "reward" and labels != 1:
+            raise UserError(
+                f"{self.folder}: is a classifier of {labels} labels ({score}), and a reward model has 1; take another "
+                "checkpoint, or the language model that it was made from"
+            )
+
     def check(self, expected: dict[str, tuple[int, ...]], *, unused: set[str]) -> None:
         """Raise UserError unless exactly the tensors `expected` are here; those in `unused` may be here too."""
         for name, shape in expected.items():
@@ -321,6 +231,7 @@ def load(chunks: Sequence[nn.Module], path: str | os.PathLike[str], shape: Model
         checkpoint = _Checkpoint(folder, opened)
         head: Any = chunks[0].config.head  # type: ignore[union-attr]
         score = next((name for name in (SCORE, REGRESSION) if name in checkpoint.names), None)
+        checkpoint.check_head(head, score)
         expected = tensors(shape)
         if head == "lm" and not shape.tied:
             expected[OUTPUT] = (shape.vocab, shape.hidden)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from silva.engine import file_errors
 from silva.engine.data.text import tokenizer_files
 from silva.engine.errors import UserError
-from silva.engine.model import hf
+from silva.engine.model.families.config import read_json
+from silva.engine.model.families.known import FAMILIES
 from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, slices
 
 RewardFormat = Literal["sequence_classification", "eurus", "both"]
@@ -158,7 +159,7 @@ def check_source(folder: Path) -> None:
     """
     file = folder / "generation_config.json"
     if file.is_file():
-        hf.read_json(file)
+        read_json(file)
 
 
 def _jobs(folder: Path, head: str, reward_format: RewardFormat) -> list[tuple[Path, str | None]]:
@@ -312,7 +313,7 @@ def _write_companions(
     for key in ("auto_map", "id2label", "label2id", "num_labels", "problem_type", "torch_dtype"):
         config.pop(key, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    name = {"llama": "Llama", "mistral": "Mistral"}[shape.architecture]
+    name = FAMILIES[shape.architecture].name
     if score is None:
         config["architectures"] = [f"{name}ForCausalLM"]
     elif score == SCORE:

@@ -1,4 +1,4 @@
-"""Says where every slice of a megatron-core parameter lies in a Hugging Face Llama or Mistral checkpoint.
+"""Says where every slice of a megatron-core parameter lies in a Hugging Face checkpoint of Llama's layout.
 
 Import and export both walk the slices given here, so each is the other's inverse by construction.
 """
@@ -21,7 +21,7 @@ LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Describes a Llama or Mistral apart from its weights.
+    """Describes a model of Llama's kind apart from its weights.
 
     Attributes:
         layers: number of layers.
@@ -35,8 +35,16 @@ class ModelShape:
         norm_eps: epsilon of the norms.
         tied: whether the output matrix is the embedding.
         window: how many positions back a token sees, itself included; None for all.
-        architecture: "llama" or "mistral".
+        architecture: the family, by its name in config.json (`model_type`).
         max_position: the longest sequence by the checkpoint's config.json.
+        rope_frequencies: (D / 2) inverse frequencies of scaled positions; None: those of `rope_theta`.
+        rope_scale: what cosine and sine of the positions are multiplied by.
+        bounded: whether positions beyond `max_position` would be computed otherwise.
+        qkv_bias: whether queries, keys and values have a bias.
+        output_bias: whether attention's output has a bias.
+        mlp_bias: whether the feed-forward part has biases.
+        head_norm: whether queries and keys are normalised, head by head, before they are rotated.
+        fused: whether the checkpoint has queries, keys and values in one tensor, and gate and up in another one.
     """
 
     layers: int
@@ -52,6 +60,14 @@ class ModelShape:
     window: int | None
     architecture: str
     max_position: int
+    rope_frequencies: tuple[float, ...] | None = None
+    rope_scale: float = 1.0
+    bounded: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_norm: bool = False
+    fused: bool = False
 
 
 class Slice(NamedTuple):
@@ -95,7 +111,43 @@ def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             prefix + "mlp.up_proj.weight": (shape.ffn, shape.hidden),
             prefix + "mlp.down_proj.weight": (shape.hidden, shape.ffn),
         }
-    return found
+        if shape.qkv_bias:
+            for name, rows in (("q", query), ("k", key_value), ("v", key_value)):
+                found[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
+        if shape.output_bias:
+            found[prefix + "self_attn.o_proj.bias"] = (shape.hidden,)
+        if shape.mlp_bias:
+            for name, rows in (("gate", shape.ffn), ("up", shape.ffn), ("down", shape.hidden)):
+                found[f"{prefix}mlp.{name}_proj.bias"] = (rows,)
+        if shape.head_norm:
+            for name in ("q_norm", "k_norm"):
+                found[f"{prefix}self_attn.{name}.weight"] = (shape.head_dim,)
+    if not shape.fused:
+        return found
+    whole: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *columns) in found.items():
+        target, offset = _place(name, shape)
+        # the last part of a fused tensor ends it
+        whole[target] = (offset + rows, *columns)
+    return whole
+
+
+def _place(tensor: str, shape: ModelShape) -> tuple[str, int]:
+    """Return where a tensor of Llama's layout lies in a checkpoint: another one's name, and the row it begins at."""
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    parts = {
+        "q_proj": ("qkv_proj", 0),
+        "k_proj": ("qkv_proj", query),
+        "v_proj": ("qkv_proj", query + key_value),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", shape.ffn),
+    }
+    before, _, kind = tensor.rpartition(".")
+    place, _, part = before.rpartition(".")
+    if not shape.fused or part not in parts:
+        return tensor, 0
+    whole, offset = parts[part]
+    return f"{place}.{whole}.{kind}", offset
 
 
 def slices(
@@ -116,6 +168,15 @@ def slices(
     Raises:
         KeyError: the parameter is unknown.
     """
+    for own in _plain_slices(parameter, layer, shape, tensor_rank=tensor_rank, tensor_size=tensor_size):
+        tensor, offset = _place(own.tensor, shape)
+        yield own._replace(tensor=tensor, start=own.start + offset, stop=own.stop + offset)
+
+
+def _plain_slices(
+    parameter: str, layer: int | None, shape: ModelShape, *, tensor_rank: int, tensor_size: int
+) -> Iterator[Slice]:
+    """Yield the slices as if the checkpoint had Llama's layout."""
 
     def share(tensor: str, dim: int, size: int, at: int = 0) -> Slice:
         part = size // tensor_size
@@ -123,13 +184,14 @@ def slices(
 
     match = LAYER.fullmatch(parameter)
     name, prefix = (match[1], f"model.layers.{layer}.") if match else (parameter, "")
-    if name == "self_attention.linear_qkv.weight":
-        yield from _query_key_value(prefix, shape, tensor_rank, tensor_size)
+    kind = name.rpartition(".")[2]
+    if name.startswith("self_attention.linear_qkv."):
+        yield from _query_key_value(prefix, kind, shape, tensor_rank, tensor_size)
     elif name == "self_attention.linear_proj.weight":
         yield share(prefix + "self_attn.o_proj.weight", 1, shape.heads * shape.head_dim)
-    elif name == "mlp.linear_fc1.weight":
-        yield share(prefix + "mlp.gate_proj.weight", 0, shape.ffn)
-        yield share(prefix + "mlp.up_proj.weight", 0, shape.ffn, at=shape.ffn // tensor_size)
+    elif name.startswith("mlp.linear_fc1."):
+        yield share(f"{prefix}mlp.gate_proj.{kind}", 0, shape.ffn)
+        yield share(f"{prefix}mlp.up_proj.{kind}", 0, shape.ffn, at=shape.ffn // tensor_size)
     elif name == "mlp.linear_fc2.weight":
         yield share(prefix + "mlp.down_proj.weight", 1, shape.ffn)
     elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -140,15 +202,22 @@ def slices(
             tensor = OUTPUT if name == "output_layer.weight" and not shape.tied else EMBEDDING
             yield Slice(tensor, 0, start, stop, 0)
     else:
-        norms = {
-            "input_layernorm.weight": "input_layernorm.weight",
-            "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-            "decoder.final_layernorm.weight": "model.norm.weight",
-        }
-        yield Slice(prefix + norms[name], 0, 0, shape.hidden, 0)
+        tensor, size = {
+            "input_layernorm.weight": ("input_layernorm.weight", shape.hidden),
+            "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight", shape.hidden),
+            "decoder.final_layernorm.weight": ("model.norm.weight", shape.hidden),
+            "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight", shape.head_dim),
+            "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight", shape.head_dim),
+            # the sum over the processes is what gets the bias
+            "self_attention.linear_proj.bias": ("self_attn.o_proj.bias", shape.hidden),
+            "mlp.linear_fc2.bias": ("mlp.down_proj.bias", shape.hidden),
+        }[name]
+        yield Slice(prefix + tensor, 0, 0, size, 0)
 
 
-def _query_key_value(prefix: str, shape: ModelShape, tensor_rank: int, tensor_size: int) -> Iterator[Slice]:
+def _query_key_value(
+    prefix: str, kind: str, shape: ModelShape, tensor_rank: int, tensor_size: int
+) -> Iterator[Slice]:
     """Yield for each key-value head the slices of the query heads that read it, of its key and of its value.
 
     The rows are split over the processes. With fewer key-value heads than processes, a share begins or ends within
@@ -164,6 +233,6 @@ def _query_key_value(prefix: str, shape: ModelShape, tensor_rank: int, tensor_si
             if stop > start:
                 offset = group * count - row
                 yield Slice(
-                    f"{prefix}self_attn.{projection}.weight", 0, offset + start, offset + stop, start - first
+                    f"{prefix}self_attn.{projection}.{kind}", 0, offset + start, offset + stop, start - first
                 )
             row += count

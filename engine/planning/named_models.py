@@ -5,6 +5,7 @@ Training reads the checkpoint's own config.json, never this table.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from silva.engine.errors import UserError
@@ -15,12 +16,32 @@ from silva.engine.model.hf_layout import ModelShape
 def _llama(
     layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, rope_theta: float = 10000.0,
     *, architecture: str = "llama", max_position: int = 4096, window: int | None = None, tied: bool = False,
+    head_dim: int | None = None,
 ) -> ModelShape:  # fmt: skip
     return ModelShape(
-        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=hidden // heads, ffn=ffn,
+        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim or hidden // heads, ffn=ffn,
         vocab=vocab, rope_theta=rope_theta, norm_eps=1e-5, tied=tied, window=window,
         architecture=architecture, max_position=max_position,
     )  # fmt: skip
+
+
+def _qwen2(
+    layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, *, tied: bool = False
+) -> ModelShape:
+    made = _llama(
+        layers, hidden, heads, kv_heads, ffn, vocab, 1e6, architecture="qwen2", max_position=32768, tied=tied
+    )
+    return replace(made, norm_eps=1e-6, qkv_bias=True)
+
+
+def _qwen3(
+    layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, *, tied: bool = False
+) -> ModelShape:
+    made = _llama(
+        layers, hidden, heads, kv_heads, ffn, 151936, 1e6, architecture="qwen3", max_position=40960, tied=tied,
+        head_dim=128,
+    )  # fmt: skip
+    return replace(made, norm_eps=1e-6, head_norm=True)
 
 
 NAMED = {
@@ -35,6 +56,21 @@ NAMED = {
     "llama-2-70b": _llama(80, 8192, 64, 8, 28672, 32000),
     "llama-3-8b": _llama(32, 4096, 32, 8, 14336, 128256, 5e5, max_position=8192),
     "llama-3-70b": _llama(80, 8192, 64, 8, 28672, 128256, 5e5, max_position=8192),
+    # scaled positions cost what others do, and are left out here
+    "llama-3.1-8b": _llama(32, 4096, 32, 8, 14336, 128256, 5e5, max_position=131072),
+    "llama-3.1-70b": _llama(80, 8192, 64, 8, 28672, 128256, 5e5, max_position=131072),
+    "llama-3.2-1b": _llama(16, 2048, 32, 8, 8192, 128256, 5e5, max_position=131072, tied=True),
+    "llama-3.2-3b": _llama(28, 3072, 24, 8, 8192, 128256, 5e5, max_position=131072, tied=True),
+    "mistral-nemo-12b": _llama(
+        40, 5120, 32, 8, 14336, 131072, 1e6, architecture="mistral", max_position=131072, head_dim=128
+    ),
+    "qwen2.5-0.5b": _qwen2(24, 896, 14, 2, 4864, 151936, tied=True),
+    "qwen2.5-7b": _qwen2(28, 3584, 28, 4, 18944, 152064),
+    "qwen2.5-32b": _qwen2(64, 5120, 40, 8, 27648, 152064),
+    "qwen2.5-72b": _qwen2(80, 8192, 64, 8, 29568, 152064),
+    "qwen3-0.6b": _qwen3(28, 1024, 16, 8, 3072, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 32, 8, 12288),
+    "qwen3-32b": _qwen3(64, 5120, 64, 8, 25600),
 }
 
 # checkpoints that the packaged recipes name, and their bases
@@ -43,6 +79,9 @@ HUB = {
     "openbmb/Eurus-7b-sft": "mistral-7b",
     "codellama/CodeLlama-70b-hf": "codellama-70b",
     "openbmb/Eurus-70b-sft": "codellama-70b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
 }
 
 

@@ -77,6 +77,8 @@ def read(recipe: Recipe) -> Inputs:
     if OBJECTIVES[recipe.objective.name].head == "reward":
         _say_padding(tokenizer, shape)
     data, validation = _read_data(recipe, tokenizer)
+    for each in filter(None, (data, validation)):
+        _check_lengths(recipe, shape, each)
     batches = batches_of(data, recipe, shape, training=True)
     if groups.rank() == 0:
         for line in _remarks(recipe, shape, data):
@@ -91,6 +93,16 @@ def read(recipe: Recipe) -> Inputs:
         validation_batches=batches_of(validation, recipe, shape, training=False) if validation else None,
         steps=min(len(batches), recipe.training.max_steps or len(batches)),
     )
+
+
+def _check_lengths(recipe: Recipe, shape: ModelShape, data: DataSet) -> None:
+    """Refuse sequences at positions that such a model computes by the length of each sequence."""
+    if shape.bounded and data.longest > shape.max_position:
+        raise UserError(
+            f"{recipe.model.path}: has dynamic rotary positions, which are defined up to {shape.max_position:,} tokens "
+            f"(max_position_embeddings), and the longest sequence has {data.longest:,}; set data.max_length to "
+            f"{shape.max_position}"
+        )
 
 
 def _remarks(recipe: Recipe, shape: ModelShape, data: DataSet) -> Iterator[str]:

@@ -15,7 +15,22 @@ from worlds import world
 from silva.engine.recipe.schema import Recipe
 from silva.engine.training import trainer
 
-KINDS: dict[str, dict[str, Any]] = {"untied": {}, "tied": {"tie_word_embeddings": True}}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "llama3": {"rope_parameters": LLAMA3},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {"family": "Qwen2"},
+    "qwen3": {"family": "Qwen3", "head_dim": 12, "tie_word_embeddings": True},
+}
 
 
 @dataclass

@@ -9,12 +9,12 @@ from silva.engine.parallel import groups, optimizer
 
 import numpy as np
 import pytest
-import random_models
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from worlds import world
 
+from benchmarks import random_models
 from silva.engine.data.trees.packing import TreeBatch
 from silva.engine.errors import UserError
 from silva.engine.model import gpt, hf, hf_export
@@ -52,6 +52,13 @@ GRADIENTS: list[tuple[str, gpt.Head, tuple[str, ...]]] = [
     ("mistral", "lm", ("cp2", "cp4", "cp2 x tp2 sp")),
     ("mistral-no-window", "reward", ("dp2", "tp2", "tp2 sp", "tp4", "pp2", "pp2 uneven", "vpp",
                                      "cp2", "cp2 x dp2", "cp2 x tp2 sp", "cp2 x pp2 uneven")),
+    ("llama3-tied", "lm", ("tp2", "cp2", "tp2 x pp2 sp")),
+    ("llama-biased", "lm", ("tp2", "tp2 sp", "pp2", "cp2 x tp2", "tp2 x pp2 x dp2")),
+    ("qwen2", "lm", ("dp2", "tp2", "tp2 sp", "pp2", "cp2", "cp2 x tp2 sp", "tp2 x pp2 sp")),
+    ("qwen2-tied", "reward", ("tp2", "tp4", "cp2 x pp2 uneven")),
+    ("qwen3", "lm", ("dp2", "tp2", "tp2 sp", "tp4", "pp2", "cp2", "cp2 x tp2", "cp2 x tp2 sp", "tp2 x pp2 x dp2")),
+    ("qwen3-tied", "reward", ("tp2", "vpp", "cp2 x tp2 sp")),
+    ("phi3", "lm", ("tp2", "tp4", "tp2 x pp2 sp")),
 ]  # fmt: skip
 # rows of different lengths, one of them padding alone: a pipeline has to send the length with the row
 ROWS = [[0], [1, 2, 3], [], [4, 5]]

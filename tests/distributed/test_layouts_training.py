@@ -109,6 +109,28 @@ def test_tied_embeddings_give_the_numbers_of_one_process(layout, runs, run_on, t
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "objective", "layout"),
+    [
+        ("llama3", "dpo", "tp2 x pp2"),
+        ("biased", "nca", "tp2 sp"),
+        ("biased", "nca", "vpp x dp2 overlapped"),
+        ("qwen2", "dpo", "tp2"),
+        ("qwen2", "dpo", "cp2 x tp2 sp"),
+        ("qwen2", "bt_dr", "dp2 overlapped"),
+        ("qwen3", "dpo", "tp2"),
+        ("qwen3", "dpo", "tp2 sp"),
+        ("qwen3", "dpo", "cp2 x pp2"),
+        ("qwen3", "bt_dr", "vpp x dp2 overlapped"),
+    ],
+)
+def test_every_family_has_the_numbers_of_one_process(kind, objective, layout, runs, run_on, tmp_path):
+    """Of other families: biases and norms of queries and keys are on several processes, and get one gradient."""
+    size, parallel = LAYOUTS[layout]
+    found = run_on(size, runs.recipe(objective, tmp_path / "run", kind=kind, parallel=parallel))
+    assert_same(found, runs.single(objective, kind=kind))
+
+
 def test_the_compared_divergence_is_not_clamped(runs):
     """KTO takes max(0, estimate): were it negative in every step, layouts could not be told apart by it."""
     found = runs.single("kto").divergence

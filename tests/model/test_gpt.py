@@ -6,11 +6,11 @@ from silva.engine.parallel import groups, optimizer
 
 import numpy as np
 import pytest
-import random_models
 import torch
 import torch.distributed as dist
 from worlds import world
 
+from benchmarks import random_models
 from silva.engine.errors import UserError
 from silva.engine.model import gpt, heads, hf
 from silva.engine.recipe.schema import Parallel
@@ -79,11 +79,12 @@ def test_logits_of_a_trained_model_equal_transformers(inputs):
     )
 
 
-def test_rewards_equal_a_sequence_classifier(tmp_path):
-    folder = random_models.checkpoint(tmp_path, "llama", head="SequenceClassification")
+@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "qwen3-tied", "phi3"])
+def test_rewards_equal_a_sequence_classifier(kind, tmp_path):
+    folder = random_models.checkpoint(tmp_path, kind, head="SequenceClassification")
     members = random_models.sequences(5, seed=1)
     [[found]] = world(1, rewards, folder, [random_models.row([members])])
-    peer = random_models.model("llama", head="SequenceClassification")
+    peer = random_models.model(kind, head="SequenceClassification")
     with torch.no_grad():
         expected = [float(peer(torch.from_numpy(s.tokens).long()[None]).logits) for s in members]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -110,7 +111,19 @@ def test_a_fresh_reward_head_follows_from_the_seed(tmp_path):
     assert first.std() == pytest.approx(heads.REWARD_STD, rel=0.25)
 
 
-@pytest.mark.parametrize(("kind", "head"), [("llama-tied", "lm"), ("mistral", "lm"), ("llama", "reward")])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        *(
+            ("llama-tied", "lm"),
+            ("mistral", "lm"),
+            ("llama", "reward"),
+            ("llama3", "lm"),
+            ("llama-yarn", "lm"),
+        ),
+        *(("llama-biased", "reward"), ("qwen2", "lm"), ("qwen2-window", "reward"), ("qwen3-biased", "lm")),
+    ],
+)
 def test_a_packed_row_has_values_and_gradients_of_its_sequences_alone(kind, head, tmp_path):
     folder = random_models.checkpoint(tmp_path, kind)
     members = [random_models.sequences(6, seed) for seed in range(3)]

@@ -10,11 +10,11 @@ from silva.engine.parallel import groups
 
 import numpy as np
 import pytest
-import random_models
 import torch
 from safetensors.torch import load_file, save_file
 from worlds import world
 
+from benchmarks import random_models
 from silva.engine.errors import UserError
 from silva.engine.model import gpt, hf, hf_export, hf_layout
 from silva.engine.recipe.schema import Parallel
@@ -55,6 +55,17 @@ def load_and_export(
         ("mistral", 4, {"tensor": 2}),  # and two data-parallel copies, of which one writes
         ("mistral", 2, {"pipeline": 2, "virtual_pipeline": 2}),
         ("mistral-no-window", 4, {"tensor": 4}),  # one key-value head on four processes
+        ("mistral-nemo", 2, {"tensor": 2}),
+        ("llama3-tied", 2, {"pipeline": 2}),
+        ("llama-yarn", 1, {}),
+        ("llama-biased", 4, {"tensor": 2, "pipeline": 2}),
+        ("qwen2", 4, {"tensor": 4}),
+        ("qwen2-tied", 4, {"tensor": 4, "sequence_parallel": True}),  # half a key-value head's bias on each
+        ("qwen2-window", 1, {}),
+        ("qwen3", 4, {"tensor": 2, "pipeline": 2}),
+        ("qwen3-biased", 2, {"tensor": 2}),
+        ("phi3", 4, {"tensor": 4}),
+        ("phi3-no-window", 4, {"tensor": 4, "sequence_parallel": True}),
     ],
 )
 def test_import_then_export_is_the_identity(kind, size, layout, tmp_path):
@@ -69,7 +80,7 @@ def test_import_then_export_is_the_identity(kind, size, layout, tmp_path):
     assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
     assert [*folder.parent.iterdir()] == [folder]
     # transformers reads it, all of it, and finds the same model
-    name = "Mistral" if kind.startswith("mistral") else "Llama"
+    name = random_models.NAMES[kind.partition("-")[0]]
     again, report = getattr(transformers, f"{name}ForCausalLM").from_pretrained(
         folder, output_loading_info=True
     )
@@ -232,15 +243,19 @@ def test_old_configs_read_as_new_ones_do(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "qwen2"}, "qwen2"),
+        ({"model_type": "gpt_neox"}, "gpt_neox"),
         ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"mlp_bias": "yes"}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "rope_parameters"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 8.0, "rope_theta": 5e5}}, "rope_parameters"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": "x", "rope_theta": 5e5}}, "rope_type llama3"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -2.0, "rope_theta": 5e5}}, "rope_type linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_type yarn"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"vocab_size": None}, "vocab_size"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
@@ -351,7 +366,7 @@ def test_wrong_weights_are_refused(how, said, tmp_path):
 
 def test_a_head_that_the_checkpoint_lacks_is_named_and_one_it_has_in_plus_is_left_alone(tmp_path):
     folder = random_models.checkpoint(tmp_path, "llama", head="SequenceClassification")
-    with pytest.raises(RuntimeError, match=r"lm_head\.weight is missing"):
+    with pytest.raises(RuntimeError, match=r"without an output matrix"):
         world(1, random_models.build, folder, Parallel())
     every = tensors(folder)
     for file in folder.glob("model*"):
@@ -399,3 +414,28 @@ def test_pieces_cover_every_tensor_exactly_once(heads, kv_heads, tensor_size):
         length = every[name][dims[name]]
         assert counts[:length] == [1] * length
         assert not any(counts[length:])
+
+
+# ------------------------------------------------------------------ heads
+
+
+def load_as(folder: Path, head: gpt.Head) -> str:
+    try:
+        random_models.build(folder, Parallel(), head=head)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-tied"])
+def test_a_language_model_is_not_made_of_a_classifier(kind, tmp_path):
+    folder = random_models.checkpoint(tmp_path, kind, head="SequenceClassification")
+    [said] = world(1, load_as, folder, "lm")
+    assert "is a classifier or reward model (score.weight) without an output matrix" in said
+    assert world(1, load_as, folder, "reward") == [""]
+
+
+def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path):
+    folder = random_models.checkpoint(tmp_path, "qwen3", head="SequenceClassification", num_labels=2)
+    [said] = world(1, load_as, folder, "reward")
+    assert "is a classifier of 2 labels (score.weight), and a reward model has 1" in said

@@ -10,12 +10,12 @@ from typing import Any
 from silva.engine.parallel import offload, optimizer
 
 import pytest
-import random_models
 import tiny
 import torch
 from safetensors.torch import load_file
 from worlds import world
 
+from benchmarks import random_models
 from silva.engine.recipe.schema import Recipe
 from silva.engine.training import trainer
 

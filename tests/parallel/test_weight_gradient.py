@@ -8,11 +8,11 @@ from silva.engine.parallel import optimizer, weight_gradient
 
 import numpy as np
 import pytest
-import random_models
 import torch
 from megatron.core.tensor_parallel import layers
 from worlds import world
 
+from benchmarks import random_models
 from silva.engine.recipe.schema import Parallel
 
 ROWS = 6  # micro-batches of a step

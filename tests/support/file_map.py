@@ -16,6 +16,7 @@ ROOMS = {
     "engine/data/text": "Data: from conversations to tokens",
     "engine/data/trees": "Data: trees, rows and their balance",
     "engine/model": "The model",
+    "engine/model/families": "The families of models",
     "engine/parallel": "Processes and the optimizer",
     "engine/training": "Training",
     "engine/checkpoint": "Checkpoints",

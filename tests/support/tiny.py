@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
 
 from silva.engine.recipe.schema import Recipe
 from silva.recipes.mini.make_model import make
@@ -17,8 +17,8 @@ from silva.recipes.mini.make_model import make
 MINI = Path(__file__).resolve().parents[2] / "recipes" / "mini"
 
 
-def checkpoint(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """The mini tokenizer beside a random Llama of 2 layers, large enough in its weights to be far from uniform."""
+def checkpoint(folder: Path, *, seed: int = 0, family: str = "Llama", **changes: Any) -> Path:
+    """The mini tokenizer beside a random model of 2 layers, large enough in its weights to be far from uniform."""
     make(MINI, folder, seed=seed)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     torch.manual_seed(seed)
@@ -34,7 +34,8 @@ def checkpoint(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "bos_token_id": 0,
     }
     (folder / "model.safetensors").unlink()
-    LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(folder)
+    config = getattr(transformers, f"{family}Config")(**settings | changes)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     return folder
 
 

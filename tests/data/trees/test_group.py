@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import random_models
 
+from benchmarks import random_models
 from silva.engine.data.trees.group import ABSENT, TokenGroup, TokenSequence, front_code
 
 

@@ -1,11 +1,11 @@
 """Packed rows: every tree lies in its row as it was, and padding sees only itself."""
 
 import numpy as np
-import random_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import random_models
 from silva.engine.data.trees.group import ABSENT, TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece, pack_row
 from silva.engine.data.trees.tree import merge

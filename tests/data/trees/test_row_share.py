@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import random_models
 import torch
 from forests import forests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import ultrainteract
+from benchmarks import random_models, ultrainteract
 from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.trees.row_share import LARGEST_BLOCK, deal, share_of
 from silva.engine.data.trees.tree import merge

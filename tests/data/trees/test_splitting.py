@@ -6,9 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-import random_models
 
-from benchmarks import ultrainteract
+from benchmarks import random_models, ultrainteract
 from silva.engine.data.trees.group import TokenGroup
 from silva.engine.data.trees.splitting import Part
 

@@ -1,4 +1,4 @@
-"""Random Hugging Face checkpoints, packed rows over them, and forward passes of the model on any layout."""
+"""Makes random Hugging Face checkpoints, packed rows over them, and forward passes of the model on any layout."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ from silva.engine.data.trees.tree import Tree, merge
 from silva.engine.model import gpt, hf
 from silva.engine.recipe.schema import Parallel
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 VOCABULARY = 251  # odd: every tensor-parallel layout pads it
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -28,14 +37,45 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama-wide-heads": {"head_dim": 24, "num_key_value_heads": 8},
     "mistral": {"sliding_window": 5},
     "mistral-no-window": {"sliding_window": None, "num_key_value_heads": 1},
+    # Mistral-Nemo-2407: heads that are not hidden / heads wide
+    "mistral-nemo": {"sliding_window": None, "head_dim": 12},
+    # Llama-3.1-8B and Llama-3.2-1B (tied), with lengths scaled to those of the tests
+    "llama3": {"rope_parameters": LLAMA3, "max_position_embeddings": 512},
+    "llama3-tied": {"rope_parameters": LLAMA3, "max_position_embeddings": 512, "tie_word_embeddings": True},
+    # deepseek-coder's positions, and Qwen2.5's for long texts
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}},
+    "llama-yarn": {"rope_parameters": YARN},
+    "llama-dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "llama-attention-biased": {"attention_bias": True},
+    # Qwen2.5-7B, -0.5B (tied); a window for all layers
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    "qwen2-yarn": {"rope_parameters": YARN},
+    # Qwen3-8B, -0.6B (tied)
+    "qwen3": {"head_dim": 16},
+    "qwen3-tied": {"head_dim": 12, "tie_word_embeddings": True},
+    "qwen3-biased": {"head_dim": 16, "attention_bias": True},
+    # Phi-3-mini-4k-instruct, Phi-4
+    "phi3": {"sliding_window": 5, "pad_token_id": 0},
+    "phi3-no-window": {"sliding_window": None, "num_key_value_heads": 2, "pad_token_id": 0},
+}
+NAMES = {
+    "llama": "Llama",
+    "llama3": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "phi3": "Phi3",
 }
 
 
-def model(kind: str, *, head: str = "CausalLM") -> Any:
-    """A random transformers model of one of `KINDS`, deterministic, with weights large enough to matter."""
+def model(kind: str, *, head: str = "CausalLM", **changes: Any) -> Any:
+    """Make a random transformers model of one of `KINDS`, deterministic, with weights large enough to matter."""
     import transformers
 
-    name = "Mistral" if kind.startswith("mistral") else "Llama"
+    name = NAMES[kind.partition("-")[0]]
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -51,18 +91,22 @@ def model(kind: str, *, head: str = "CausalLM") -> Any:
     if head != "CausalLM":
         settings |= {"num_labels": 1, "pad_token_id": 0}
     torch.manual_seed(3)
-    config = getattr(transformers, f"{name}Config")(**settings | KINDS[kind])
+    config = getattr(transformers, f"{name}Config")(**settings | KINDS[kind] | changes)
     made = getattr(transformers, f"{name}For{head}")(config).eval()
-    with torch.no_grad():  # norms start as ones, which would hide a missing or swapped norm
+    with (
+        torch.no_grad()
+    ):  # norms start as ones and biases as zeros, which would hide a missing or swapped one
         for parameter_name, parameter in made.named_parameters():
             if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
+            elif parameter_name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     return made
 
 
-def checkpoint(folder: Path, kind: str, *, head: str = "CausalLM") -> Path:
-    """The model of `model`, saved in several files."""
-    model(kind, head=head).save_pretrained(folder, max_shard_size="100KB")
+def checkpoint(folder: Path, kind: str, *, head: str = "CausalLM", **changes: Any) -> Path:
+    """Save the model of `model` in several files."""
+    model(kind, head=head, **changes).save_pretrained(folder, max_shard_size="100KB")
     return folder
 
 
@@ -81,7 +125,7 @@ def sequences(count: int, seed: int) -> list[TokenSequence]:
 
 
 def merge_in_order(sequences: Sequence[TokenSequence]) -> Tree:
-    """The merged tree, its sequences in the order they are given in."""
+    """Merge sequences into a tree, and keep the order they are given in."""
     # a comparison with nothing tells where a group has put each sequence
     group = TokenGroup.of(sequences, [(k, ABSENT) for k in range(len(sequences))])
     made, place = merge(group), group.comparisons[:, 0]
@@ -110,7 +154,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[list[nn.Module], hf.ModelShape]:
-    """Groups, model and weights, in a process of a world."""
+    """Build groups, model and weights, in a process of a world."""
     groups.initialize(parallel, seed=seed)
     shape = hf.read_shape(folder)
     chunks = gpt.build(shape, parallel, head=head, dtype=dtype, seed=seed)
