@@ -1,4 +1,4 @@
-"""Compares the fused layer operations (norm, rotary positions, SwiGLU) with torch, torch.compile and Liger.
+"""Compares the fused layer operations (norms, rotary positions, SwiGLU) with torch, torch.compile and Liger.
 
     python -m benchmarks.bench_layers               on a GPU: one row of 8,192 tokens of a 7B model, bfloat16
     python -m benchmarks.bench_layers --smoke       tests the benchmark itself on tiny shapes (TRITON_INTERPRET=1 on a
@@ -212,6 +212,47 @@ class Rotary(Operation):
         return Run(call, self.inputs)
 
 
+class NormRotary(Rotary):
+    """Measures Qwen3's norm of every head and its rotation; Liger takes them one after the other."""
+
+    name, passes = "norm_rotary", (2, 3)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of queries, keys and the weights of their norms."""
+        return [*super().shapes(), (self.size.head,), (self.size.head,)]
+
+    def definition(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Normalise and rotate queries and keys by the definitions."""
+        query, key, *weights = inputs
+        return super().definition(
+            *(reference.rms_norm(x, w, EPSILON) for x, w in zip((query, key), weights, strict=True))
+        )
+
+    def ours(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Normalise and rotate queries and keys with Silva's kernel."""
+        query, key, *weights = inputs
+        return [
+            layers.rotary(x, self.position, self.frequency, angles=self.angles, norm=(w, EPSILON))
+            for x, w in zip((query, key), weights, strict=True)
+        ]
+
+    def liger(self) -> Run:
+        """Return Liger's norm and rotation."""
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        turn = super().liger().call
+
+        def call(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> Sequence[Tensor]:
+            return turn(
+                *(
+                    LigerRMSNormFunction.apply(x, w, EPSILON, 0.0, "llama", False)
+                    for x, w in ((q, q_weight), (k, k_weight))
+                )
+            )
+
+        return Run(call, self.inputs)
+
+
 class SwiGLU(Operation):
     """Measures SwiGLU."""
 
@@ -241,7 +282,7 @@ class SwiGLU(Operation):
         return [torch.cat(gradients, -1)]
 
 
-OPERATIONS: tuple[type[Operation], ...] = (Norm, Rotary, SwiGLU)
+OPERATIONS: tuple[type[Operation], ...] = (Norm, Rotary, NormRotary, SwiGLU)
 # each peer and the module that it needs
 PEERS = {"silva": "triton", "torch": "torch", "torch.compile": "torch", "Liger": "liger_kernel"}
 

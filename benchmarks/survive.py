@@ -146,15 +146,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    names = [mode.name for mode in MODES]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="layouts")
     options = parser.parse_args(arguments)
+    modes = [mode for mode in MODES if mode.name in options.only]
     chance = random.Random(options.seed)
     total: dict[str, int] = dict.fromkeys(("kills", "resumed", "lost_steps", "different_losses", "stuck"), 0)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         start = make(DATA, work / "start", seed=0)
-        for place, mode in enumerate(MODES):
-            kills = options.kills // len(MODES) + (place < options.kills % len(MODES))
+        for place, mode in enumerate(modes):
+            kills = options.kills // len(modes) + (place < options.kills % len(modes))
             found = survive(mode, start, work / str(place), kills, chance)
             rows.append((mode.name, *found.values()))
             total = {key: total[key] + value for key, value in found.items()}
@@ -190,15 +193,19 @@ def survive(mode: Mode, start: Path, work: Path, kills: int, chance: random.Rand
         while True:
             before = len(_losses(output))
             job = Job(mode, recipe, work / f"run-{number}.log")
-            disturbed = found["kills"] < kills
+            disturbed, moment, kind = found["kills"] < kills, chance.uniform(0, seconds), ""
             if disturbed:
-                time.sleep(chance.uniform(0, seconds))
+                time.sleep(moment)
                 kind = chance.choice(list(SIGNALS) if mode.processes > 1 else ALONE)
                 if kind == "stop a rank":
                     _wait_for_lock(job, output)
                 _kill(job, kind, chance)
                 found["kills"] += job.process.poll() != 0
-            found["stuck"] += not job.over(PATIENCE if disturbed else 600)
+            if not job.over(PATIENCE if disturbed else 600):
+                found["stuck"] += 1
+                print(
+                    f"stuck: {mode.name}, {kind} after {moment:.1f} of {seconds:.1f} s\n{job.said()[-1500:]}"
+                )
             resumed = re.search(r"resuming   at step (\d+)", job.said())
             if resumed:
                 found["resumed"] += 1

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from silva.engine import file_errors
+from silva.engine import file_errors, parents
 from silva.engine.errors import Stopped, UserError
 from silva.engine.progress import is_first_process
 
@@ -29,6 +29,8 @@ def run(work: Callable[[], None]) -> int:
     Returns:
         0; 2 after one line on stderr for bad input; 75 for a run that SIGTERM or SIGUSR1 has stopped; 130 after Ctrl-C.
     """
+    # first of all: until torch is imported and the processes have met, seconds pass
+    parents.end_with_agent()
     try:
         work()
     except (UserError, OSError) as error:

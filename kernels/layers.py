@@ -1,4 +1,4 @@
-"""Computes the layer operations between the products, fused: RMSNorm, rotary positions of a tree's tokens, SwiGLU.
+"""Computes the layer operations between the products, fused: norms, rotary positions of a tree's tokens, SwiGLU.
 
     S tokens, H hidden size (heads in `rotary`), D head size, F feed-forward columns
 
@@ -123,6 +123,107 @@ def _rotary_kernel(
 
 
 @jit
+def _norm_rotary_kernel(
+    # pointers
+    x_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    # strides, sizes and numbers
+    token_stride,
+    head_stride,
+    heads,
+    epsilon,
+    # constants
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Compute the norm of every head of one token, and its rotation."""
+    token = tl.program_id(0).to(tl.int64)
+    o_head, o_pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    in_half = o_pair < HALF
+    mask = (o_head < heads) & in_half
+    kind = out_ptr.dtype.element_ty
+    pair_ptr = x_ptr + token * token_stride + o_head.to(tl.int64) * head_stride + o_pair
+    first = tl.load(pair_ptr, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pair_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + epsilon)
+    # rounded where the definitions of norm and rotation are
+    weight = tl.load(weight_ptr + o_pair, mask=in_half, other=0.0).to(tl.float32)
+    first = ((first * scale[:, None]).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
+    weight = tl.load(weight_ptr + HALF + o_pair, mask=in_half, other=0.0).to(tl.float32)
+    second = ((second * scale[:, None]).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
+    cos = tl.load(cos_ptr + token * HALF + o_pair, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + o_pair, mask=in_half, other=0.0)
+    turned_ptr = out_ptr + (token * heads + o_head) * (2 * HALF) + o_pair
+    tl.store(turned_ptr, (first * cos - second * sin).to(kind), mask=mask)
+    tl.store(turned_ptr + HALF, (second * cos + first * sin).to(kind), mask=mask)
+
+
+@jit(do_not_specialize=["tokens"])
+def _norm_rotary_backward_kernel(
+    # pointers
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    # strides, sizes and numbers
+    token_stride,
+    head_stride,
+    tokens,
+    heads,
+    epsilon,
+    # constants
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Compute the gradients of rotation and norm.
+
+    Every program takes each `programs`-th token and writes the sum of their weight gradients to a line of its own.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    o_head, o_pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    in_half = o_pair < HALF
+    mask = (o_head < heads) & in_half
+    kind = x_ptr.dtype.element_ty
+    first_weight = tl.load(weight_ptr + o_pair, mask=in_half, other=0.0).to(tl.float32)
+    second_weight = tl.load(weight_ptr + HALF + o_pair, mask=in_half, other=0.0).to(tl.float32)
+    first_sum = tl.zeros((HEADS, PAIRS), tl.float32)
+    second_sum = tl.zeros((HEADS, PAIRS), tl.float32)
+    for token in range(program, tokens, programs):
+        start = tl.cast(token, tl.int64)
+        cos = tl.load(cos_ptr + start * HALF + o_pair, mask=in_half, other=0.0)
+        sin = tl.load(sin_ptr + start * HALF + o_pair, mask=in_half, other=0.0)
+        turned = (start * heads + o_head) * (2 * HALF) + o_pair
+        first = tl.load(grad_ptr + turned, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(grad_ptr + turned + HALF, mask=mask, other=0.0).to(tl.float32)
+        first_grad, second_grad = first * cos + second * sin, second * cos - first * sin
+        pair_ptr = x_ptr + start * token_stride + o_head.to(tl.int64) * head_stride + o_pair
+        first = tl.load(pair_ptr, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(pair_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+        scale = (1.0 / tl.sqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + epsilon))[:, None]
+        first *= scale
+        second *= scale
+        first_sum += first_grad * first.to(kind).to(tl.float32)
+        second_sum += second_grad * second.to(kind).to(tl.float32)
+        first_grad *= first_weight
+        second_grad *= second_weight
+        mean = (tl.sum(first_grad * first + second_grad * second, 1) / (2 * HALF))[:, None]
+        tl.store(grad_x_ptr + turned, (scale * (first_grad - first * mean)).to(kind), mask=mask)
+        tl.store(grad_x_ptr + turned + HALF, (scale * (second_grad - second * mean)).to(kind), mask=mask)
+    line_ptr = partial_ptr + program.to(tl.int64) * (2 * HALF) + tl.arange(0, PAIRS)
+    own = tl.arange(0, PAIRS) < HALF
+    tl.store(line_ptr, tl.sum(first_sum, 0), mask=own)
+    tl.store(line_ptr + HALF, tl.sum(second_sum, 0), mask=own)
+
+
+@jit
 def _swiglu_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
     """Compute silu(gate) * up of one block of a row's columns."""
     row = tl.program_id(0).to(tl.int64)
@@ -207,6 +308,37 @@ def aot_builds(capability: int) -> list[Build]:
                 ("x_ptr", "cos_ptr", "sin_ptr", "out_ptr", "token_stride", "head_stride"),
             )
         )
+        pointers |= {"weight_ptr": "*bf16"}
+        sizes |= {"epsilon": "fp32"}
+        constants = {"HALF": 64, "PAIRS": 64, "HEADS": heads}
+        vectors = ("x_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "token_stride", "head_stride")
+        warps = min(max(heads // 2, 1), 16)
+        builds += [
+            Build(
+                f"norm + rotary D128 heads {heads}",
+                _norm_rotary_kernel,
+                pointers | sizes | dict.fromkeys(constants, "constexpr"),
+                constants,
+                (*vectors, "out_ptr"),
+                warps,
+            ),
+            Build(
+                f"norm + rotary backward D128 heads {heads}",
+                _norm_rotary_backward_kernel,
+                {
+                    **{name: kind for name, kind in pointers.items() if name != "out_ptr"},
+                    "grad_ptr": "*bf16",
+                    "grad_x_ptr": "*bf16",
+                    "partial_ptr": "*fp32",
+                    "tokens": "i32",
+                    **sizes,
+                    **dict.fromkeys(constants, "constexpr"),
+                },
+                constants,
+                (*vectors, "grad_ptr", "grad_x_ptr", "partial_ptr"),
+                warps,
+            ),
+        ]
     both = {"x_ptr": "*bf16", "columns": "i32", "BLOCK": "constexpr"}
     forward, backward = {"out_ptr": "*bf16"}, {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16"}
     for name, kernel, more in (
@@ -277,6 +409,49 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, sin, -1), None, None
+
+
+class _NormRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+        tokens, heads, size = x.shape
+        x = x if x.stride(2) == 1 else x.contiguous()
+        out = x.new_empty(tokens, heads, size)
+        if out.numel():
+            with torch.cuda.device_of(x):
+                _norm_rotary_kernel[(tokens,)](
+                    *(x, weight, cos, sin, out, x.stride(0), x.stride(1), heads, eps), **_head_options(x)
+                )
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin = ctx.saved_tensors
+        tokens, heads, size = x.shape
+        grad_x = x.new_empty(x.shape)
+        if not grad_x.numel():
+            return grad_x, torch.zeros_like(weight), None, None, None
+        partial = x.new_empty(min(tokens, NORM_PROGRAMS), size, dtype=torch.float32)
+        tensors = (grad.contiguous(), x, weight, cos, sin, grad_x, partial)
+        with torch.cuda.device_of(x):
+            _norm_rotary_backward_kernel[(partial.shape[0],)](
+                *(*tensors, x.stride(0), x.stride(1), tokens, heads, ctx.eps), **_head_options(x)
+            )
+        return grad_x, partial.sum(0).to(weight.dtype), None, None, None
+
+
+def _head_options(x: Tensor) -> dict[str, int]:
+    """Return a kernel's constants for (tokens, heads, D), and warps: two heads of 128 for each."""
+    _, heads, size = x.shape
+    padded = triton.next_power_of_2(heads)
+    return {
+        "HALF": size // 2,
+        "PAIRS": triton.next_power_of_2(size // 2),
+        "HEADS": padded,
+        "num_warps": min(max(padded // 2, 1), 16),
+    }
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -354,22 +529,30 @@ def rotary(
     scale: float = 1.0,
     *,
     angles: tuple[Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """Compute the rotary position embedding in Llama's non-interleaved form (Su et al. 2021, arXiv 2104.09864).
 
+    With a norm, every head is normalised first, in the same pass over memory (Qwen3's queries and keys).
+
     Args:
-        x: (S, heads, D); a slice of a larger tensor is read as it is.
+        x: (S, heads, D); a slice of a larger tensor is read as it is. With a norm, the backward pass keeps it.
         position: (S,), the depth of each token in its tree.
         inverse_frequency: (D / 2,).
         scale: as `rotary_angles` takes it.
         angles: of `rotary_angles`, if they are at hand.
+        norm: weight (D,), in x's dtype, and epsilon of `rms_norm` over each head.
 
     Returns:
         (S, heads, D), in x's dtype.
     """
     if not runs_kernels(x):
+        if norm is not None:
+            x = reference.rms_norm(x, *norm)
         return reference.rotary(x, position, inverse_frequency, scale)
     cos, sin = rotary_angles(position, inverse_frequency, scale) if angles is None else angles
+    if norm is not None:
+        return _NormRotary.apply(x, *norm, cos, sin)
     return _Rotary.apply(x, cos, sin)
 
 

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from silva.engine.parallel import groups
-from silva.engine.parallel.parents import end_with
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -44,6 +43,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from silva.engine.checkpoint import plain_files
 from silva.engine.checkpoint.index import DIGEST, settled
+from silva.engine.parents import end_with
 
 Write = Callable[[list[Any], int, list[Any], "Results"], None]
 

@@ -141,6 +141,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class HeadNorm(RMSNorm):
+    """Holds the weight of a norm of queries or keys, head by head, which `TreeAttention` applies as it rotates them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return queries or keys as they are."""
+        return x
+
+    def numbers(self) -> tuple[Tensor, float]:
+        """Return weight (D,) and epsilon."""
+        return self.weight, self.eps
+
+
 class TreeAttention(nn.Module):
     """Computes rotary positions and the attention of every token to its ancestors, between a layer's projections."""
 
@@ -148,6 +160,8 @@ class TreeAttention(nn.Module):
         super().__init__()
         self.window = config.window
         self.scale = config.rope_scale
+        # of queries and keys, set by the layer, which they belong to
+        self.norms: tuple[HeadNorm | None, HeadNorm | None] = (None, None)
         size = config.kv_channels
         if config.rope_frequencies is None:
             frequency = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
@@ -190,11 +204,19 @@ class TreeAttention(nn.Module):
             packed_seq_params.angles = rotary_angles(position, self.inverse_frequency, self.scale)
         angles, share = packed_seq_params.angles, packed_seq_params.share
         query, key = (
-            rotary(x[:, 0], position, self.inverse_frequency, self.scale, angles=angles) for x in (query, key)
+            rotary(
+                x[:, 0],
+                position,
+                self.inverse_frequency,
+                self.scale,
+                angles=angles,
+                norm=None if norm is None else norm.numbers(),
+            )
+            for x, norm in zip((query, key), self.norms, strict=True)
         )
         # A view would keep the whole projection until the backward pass, which is six times as much with four query
-        # heads per key head. Of queries and keys, only the rotated copies are kept.
-        value = value[:, 0].contiguous()
+        # heads per key head. Of queries and keys, only the rotated copies are kept. Norms need the projection anyway.
+        value = value[:, 0] if self.norms[0] is not None else value[:, 0].contiguous()
         if share is not None:
             key, value = whole_row(key, value, share, groups.context_group())
         if packed_seq_params.documents is not None:
@@ -205,7 +227,10 @@ class TreeAttention(nn.Module):
 
 
 class TreeSelfAttention(SelfAttention):
-    """Extends megatron-core's attention, whose output has a bias, or none, whatever the feed-forward part has."""
+    """Extends megatron-core's attention: its output has a bias or none, whatever the feed-forward part has.
+
+    Norms of queries and keys, whose parameters are this layer's, are applied where they are rotated.
+    """
 
     def __init__(self, config: SilvaConfig, *args: Any, **kwargs: Any) -> None:
         # megatron-core has one switch for both
@@ -213,6 +238,8 @@ class TreeSelfAttention(SelfAttention):
             config = copy.copy(config)
             config.add_bias_linear = config.output_bias
         super().__init__(config, *args, **kwargs)
+        if self.q_layernorm is not None:
+            self.core_attention.norms = (self.q_layernorm, self.k_layernorm)
 
 
 class BiasedRowParallelLinear(RowParallelLinear):
@@ -444,7 +471,7 @@ def _configuration(
 
 
 def _layer_spec(shape: ModelShape) -> ModuleSpec:
-    norm = RMSNorm if shape.head_norm else None
+    norm = HeadNorm if shape.head_norm else None
     attention = ModuleSpec(
         module=TreeSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -12,13 +12,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from silva.engine.parallel import parents, rendezvous
+from silva.engine.parallel import rendezvous
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
+from silva.engine import parents
 from silva.engine.errors import UserError
 
 if TYPE_CHECKING:

@@ -120,8 +120,9 @@ class Heartbeat:
             # afterwards.
             silent = silent + 1 if found == last else 0
             last = found
-            if found and silent >= self._rounds(self._allowed):
-                self._report([json.loads(found)], f"has given no sign of life for {self._allowed:g} seconds")
+            if silent >= self._rounds(self._allowed):
+                sign = json.loads(found) if found else _unseen((self._rank - 1) % self._size)
+                self._report([sign], f"has given no sign of life for {self._allowed:g} seconds")
             since = self._since
             if self._rank == 0 and since is not None and self._beats - since > self._rounds(self._seconds):
                 self._report(*self._slowest())
@@ -190,6 +191,17 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError, ValueError):
             self._store.set("end", line)
         _end(line)
+
+
+def _unseen(rank: int) -> dict[str, Any]:
+    """Return what is known of a process that was stopped before it gave a first sign."""
+    return {
+        "rank": rank,
+        "pid": "unknown",
+        "host": "an unknown host",
+        "at": "the start",
+        "stack": ["unknown code"],
+    }
 
 
 def _key(rank: int) -> str:

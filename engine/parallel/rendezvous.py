@@ -14,6 +14,8 @@ from silva.engine.errors import UserError
 
 # how long a process waits for the first one, and the first one for the others
 SECONDS = 600
+# how long a process waits for its agent's store, which was there before the process was
+AGENT_SECONDS = 60
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start the program with torchrun, or unset these variables to run one process"
 
@@ -96,8 +98,9 @@ def _check_free(port: int) -> None:
 
 
 def _wait_for(host: str, port: int) -> None:
-    """Return when the first process's port answers."""
-    end = time.monotonic() + SECONDS
+    """Return when the first process's port answers, or that of the agent's store."""
+    seconds = AGENT_SECONDS if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else SECONDS
+    end = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection((host, port), timeout=10).close()
@@ -105,7 +108,7 @@ def _wait_for(host: str, port: int) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(
-                    f"{host}:{port} (MASTER_ADDR, MASTER_PORT) did not answer for {SECONDS} seconds ({error}): check "
+                    f"{host}:{port} (MASTER_ADDR, MASTER_PORT) did not answer for {seconds} seconds ({error}): check "
                     "that the process of rank 0 was started there, and that this host can reach it"
                 ) from None
         time.sleep(0.2)

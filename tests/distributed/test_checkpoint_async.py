@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from silva.engine.parallel import parents
-
 import pytest
 import tiny
 from worlds import world
 
+from silva.engine import parents
 from silva.engine.checkpoint import index, writer
 from silva.engine.errors import UserError
 from silva.engine.recipe.schema import Recipe

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 from worlds import world
@@ -153,3 +154,29 @@ def _lives(pid):
     except OSError:
         return False
     return state != "Z"
+
+
+def test_processes_end_with_their_agent_before_they_have_met(tmp_path):
+    """They are importing torch: without an agent, they would look for its store for minutes."""
+    model = tiny.checkpoint(tmp_path / "model")
+    rows = tiny.write(tmp_path / "pairs.jsonl", tiny.rows("pair", 6))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(tiny.recipe("nca", model, rows, tmp_path / "run").dump())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    agent = subprocess.Popen(
+        [*torchrun, "-m", "silva.engine.train", str(file)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        own = psutil.Process(agent.pid)
+        found = _until(lambda: [child.pid for child in own.children()], 120, size=2)
+        # long enough for the first line of the program, and too short for the last of its imports
+        time.sleep(1)
+        assert all(map(_lives, found))
+        assert not (tmp_path / "run").exists()
+    finally:
+        agent.kill()
+        agent.wait()
+    _until(lambda: [pid for pid in found if not _lives(pid)], 3, size=2)

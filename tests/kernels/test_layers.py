@@ -159,3 +159,42 @@ def test_the_same_bits_every_time(device, monkeypatch):
         run(lambda x, w: layers.rms_norm(x, w, 1e-5), [x, weight], device, torch.bfloat16) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size"), [(63, 4, 64), (1, 1, 2), (0, 3, 8), (12, 5, 24), (9, 40, 128), (300, 2, 16)]
+)
+def test_norm_and_rotary_in_one_pass(tokens, heads, size, dtype, device, monkeypatch):
+    monkeypatch.setattr(layers, "NORM_PROGRAMS", 7)  # most programs have several tokens
+    position = torch.arange(tokens, dtype=torch.int32) % 50
+    frequency = 1e4 ** -(torch.arange(0, size, 2) / size)
+    place, turn = position.to(device), frequency.to(device)
+    cos, sin = layers.rotary_angles(position, frequency, 1.2)
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = reference.rms_norm(x, weight, 1e-6)
+        if x.dtype != torch.float64:
+            return reference.rotary(x, place, turn, 1.2)
+        first, second = x.chunk(2, -1)
+        c, s = cos.double()[:, None], sin.double()[:, None]
+        return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+    def fused(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return layers.rotary(x, place, turn, 1.2, norm=(weight, 1e-6))
+
+    x = 3 * draw(tokens, heads, size)
+    x[:1] *= 1e-3
+    three_ways(fused, plain, [x, draw(size, seed=1)], dtype, device)
+
+
+def test_norm_and_rotary_of_a_slice_have_the_bits_of_one_after_the_other(device):
+    """Also in bfloat16: it is rounded where the two are."""
+    whole = draw(30, 1, 4 * (3 + 2) * 16).bfloat16().to(device).reshape(30, 4, 5, 16)
+    position = torch.arange(30, device=device) % 7
+    frequency = 1e4 ** -(torch.arange(0, 16, 2, device=device) / 16)
+    weight = draw(16, seed=1).bfloat16().to(device)
+    for x in (whole[:, :, :3].reshape(30, 12, 16), whole[:, :, 3]):
+        found = layers.rotary(x, position, frequency, norm=(weight, 1e-6))
+        apart = layers.rotary(layers.rms_norm(x, weight, 1e-6), position, frequency)
+        assert torch.equal(found, apart)

@@ -46,6 +46,8 @@ def rank_of_world(rank: int, size: int, port: int, kind: str) -> None:
     world = dist.PrefixStore("world", store)
     dist.init_process_group("gloo", store=world, rank=rank, world_size=size)
     with Heartbeat(dist.PrefixStore("own", store.clone()), rank, size, SECONDS) as heartbeat:
+        if kind == f"stop early {rank}":
+            os.kill(os.getpid(), signal.SIGSTOP)
         for step in range(3):
             with heartbeat.watched(f"step {step}"):
                 if step == 2 and kind == f"stop {rank}":
@@ -99,6 +101,15 @@ def test_a_stopped_process_is_named_and_the_others_end(started):
     assert "; it was at step 2, in " in line
     assert "test_heartbeat.py:" in line
     assert line.endswith("The job ends; started again, it goes on from its newest checkpoint")
+
+
+def test_a_process_that_is_stopped_before_its_first_sign_is_named(started):
+    processes = started(3, "stop early 2")
+    assert [process.code() for process in processes[:2]] == [1, 1]
+    [line] = lines(processes)
+    assert line.startswith(
+        "silva: error: rank 2, process unknown on an unknown host, has given no sign of life"
+    )
 
 
 def test_a_stopped_process_that_serves_the_store_is_noticed_too(started):
