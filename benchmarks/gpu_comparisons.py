@@ -25,7 +25,7 @@ from silva.engine.data.trees.group import TokenGroup, TokenSequence
 from silva.engine.data.trees.packing import Piece, TreeBatch, pack_row
 from silva.engine.data.trees.tree import merge
 from silva.engine.model import flops, gpt
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.planning.named_models import NAMED
 

@@ -42,7 +42,7 @@ from benchmarks.gpu_record import Row
 from benchmarks.gpu_session import Session, begin
 from silva.engine.data.trees.group import TokenSequence
 from silva.engine.model import gpt, hf
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.planning.hardware import GIB, GPUS, Gpu
 from silva.engine.recipe.schema import Parallel, Recipe

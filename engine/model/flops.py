@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from silva.engine.data.trees.balance import CostModel
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 
 
 @dataclass(frozen=True)

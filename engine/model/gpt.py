@@ -43,8 +43,9 @@ from torch import Tensor, nn
 from silva.engine.data.trees.packing import TreeBatch
 from silva.engine.data.trees.row_share import LARGEST_BLOCK, RowShare
 from silva.engine.errors import UserError
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.model.heads import LogProbHead, RewardHead
-from silva.engine.model.hf_layout import ModelShape, padded_vocabulary
+from silva.engine.model.hf_layout import padded_vocabulary
 from silva.kernels.document_attention import Documents, document_attention
 from silva.kernels.layers import rms_norm, rotary, rotary_angles, swiglu
 from silva.kernels.tree_attention import Blocks, attention_blocks, tree_attention

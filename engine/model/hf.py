@@ -24,7 +24,8 @@ from silva.engine.errors import UserError, shown
 from silva.engine.model import hub_digests
 from silva.engine.model.families import known
 from silva.engine.model.families.config import read_json
-from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, ModelShape, global_layer, slices, tensors
+from silva.engine.model.families.shape import ModelShape
+from silva.engine.model.hf_layout import OUTPUT, REGRESSION, SCORE, global_layer, slices, tensors
 
 # what this project reads of a repository: no pickles, no code
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")

@@ -27,7 +27,8 @@ from silva.engine.data.text import tokenizer_files
 from silva.engine.errors import UserError
 from silva.engine.model.families.config import read_json
 from silva.engine.model.families.known import FAMILIES
-from silva.engine.model.hf_layout import REGRESSION, SCORE, ModelShape, global_layer, slices
+from silva.engine.model.families.shape import ModelShape
+from silva.engine.model.hf_layout import REGRESSION, SCORE, global_layer, slices
 
 RewardFormat = Literal["sequence_classification", "eurus", "both"]
 # the file that marks a folder as written by an export, which may be replaced

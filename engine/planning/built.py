@@ -31,7 +31,7 @@ from silva.engine.data.trees.row_share import RowShare, share_of
 from silva.engine.data.trees.tree import merge
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.planning.meter import Cost, Meter
 from silva.engine.recipe.schema import Parallel, Training
 from silva.kernels import dispatch

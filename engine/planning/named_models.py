@@ -10,7 +10,7 @@ from pathlib import Path
 
 from silva.engine.errors import UserError
 from silva.engine.model import hf
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 
 
 def _llama(

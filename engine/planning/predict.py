@@ -11,7 +11,7 @@ import torch
 
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.objectives import OBJECTIVES
 from silva.engine.planning import built
 from silva.engine.planning.built import Job, Stage

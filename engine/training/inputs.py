@@ -18,7 +18,7 @@ from silva.engine.data.text.chat import ChatTokenizer
 from silva.engine.data.trees.balance import CostModel
 from silva.engine.errors import UserError
 from silva.engine.model import flops, gpt, hf, hf_export
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.objectives import OBJECTIVES, Objective
 from silva.engine.progress import say
 from silva.engine.recipe.schema import Recipe, Source

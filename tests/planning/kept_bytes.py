@@ -18,7 +18,7 @@ import torch
 
 from silva.engine.data.trees.row_share import share_of
 from silva.engine.model import gpt
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.planning.built import plain_row, simulated_world
 from silva.engine.recipe.schema import Parallel
 from silva.kernels import dispatch

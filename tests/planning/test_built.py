@@ -21,7 +21,7 @@ from worlds import world
 
 from silva.engine.errors import UserError
 from silva.engine.model import gpt
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.planning import built
 from silva.engine.planning.built import Job
 from silva.engine.planning.named_models import NAMED

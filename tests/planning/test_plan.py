@@ -13,7 +13,7 @@ from silva.engine import plan
 from silva.engine.data import store
 from silva.engine.data.trees import tree
 from silva.engine.model import gpt
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.planning import workload
 from silva.engine.planning.hardware import GIB, Gpu
 from silva.engine.planning.predict import Setting, as_overrides, build_stages, predict

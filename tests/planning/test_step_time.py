@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 from silva.engine.planning.built import Chunk, Job, Stage
 from silva.engine.planning.hardware import Assumptions, Gpu
 from silva.engine.planning.meter import Cost

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from silva.engine.errors import UserError
 from silva.engine.model.families import rope
 from silva.engine.model.families.config import Config
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 
 
 class Variant(NamedTuple):

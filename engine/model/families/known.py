@@ -8,7 +8,7 @@ from typing import Any
 from silva.engine.errors import UserError, shown
 from silva.engine.model.families import llama, mistral, phi3, qwen2, qwen3
 from silva.engine.model.families.config import Config
-from silva.engine.model.hf_layout import ModelShape
+from silva.engine.model.families.shape import ModelShape
 
 FAMILIES = {
     family.model_type: family
