@@ -16,7 +16,7 @@ from worlds import world
 from silva.engine.recipe.schema import Recipe
 from silva.engine.training import trainer
 
-KILLS = 6
+KILLS = 5
 
 
 def run(recipe: Recipe, victim: int = -1, seconds: float = 0.0) -> None:
