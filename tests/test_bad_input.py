@@ -327,7 +327,7 @@ def halve(tensors: dict[str, Any]) -> None:
             lambda folder: edit_json(
                 folder / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]
             ),
-            ["config.json", "'gpt2'", "llama or mistral"],
+            ["config.json", "'gpt2'", "llama, mistral, qwen2, qwen3, phi3"],
         ),
         "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "missing"]),
         "config cut short": (lambda folder: (folder / "config.json").write_text("{"), ["not valid JSON"]),
