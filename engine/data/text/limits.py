@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 
 # of one rendering: a conversation of a million tokens takes a hundredth of each
@@ -67,7 +66,9 @@ def _limited_memory() -> Iterator[None]:
         return
     import resource
 
-    used = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
+    # opened without pathlib and without a buffer, because this is done for every conversation
+    with open("/proc/self/statm", "rb", buffering=0) as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     ceilings = [used + BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_AS, (min(ceilings), hard))
